@@ -1,0 +1,76 @@
+"""What every room uses: a user's mistake, settings from JSON or the command line, and counter-based randomness."""
+
+import argparse
+import dataclasses
+import hashlib
+import typing
+
+import torch
+
+
+class InputError(Exception):
+    """A user's mistake in one sentence: which file, key or flag is wrong, and what to do. The scripts exit 2."""
+
+
+def from_json(cls, values, fixed, where):
+    """Fill the dataclass `cls` from an official config.json.
+
+    `values`: the parsed JSON; `fixed`: {key: tuple of its supported values, or ... where any value changes nothing},
+    for keys that the networks do not vary; `where`: the file, for messages. Keys with a leading underscore are the
+    writer's notes.
+    Raises InputError for an unknown key or an unsupported value: ignoring one would give silently wrong numbers.
+    """
+    known, found = {f.name for f in dataclasses.fields(cls)}, {}
+    for key, value in values.items():
+        value = tuple(value) if isinstance(value, list) else value
+        if key in known:
+            found[key] = value
+        elif key in fixed and fixed[key] is not ... and value not in fixed[key]:
+            raise InputError(f"{where}: {key}={value!r} is not supported (supported: {', '.join(map(repr, fixed[key]))})")
+        elif key not in fixed and not key.startswith("_"):
+            raise InputError(f"{where}: unknown key {key!r} for {cls.__name__}; remove it or use a supported model")
+    return cls(**found)
+
+
+def option(default, help, choices=None):
+    """A field of a recipe: its default, one line for --help, and the values allowed (None: any of its type)."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; --help lists every flag")
+
+
+def from_argv(cls, argv, prog, positional=()):
+    """Fill the dataclass `cls` from a command line: `--steps 500`, `--steps=500`, `--ema` / `--no-ema`.
+
+    Every field is a flag (underscores become dashes); tuples take several values. Fields named in `positional` are
+    given without a flag. Raises InputError for an unknown flag or a value of the wrong type.
+    """
+    parser = _Parser(prog, description=cls.__doc__, allow_abbrev=False,
+                     formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, 32, 110))
+    for f in dataclasses.fields(cls):
+        kind, extra = f.type, {}
+        if typing.get_origin(kind) is tuple:
+            kind, extra = typing.get_args(kind)[0], {"nargs": "*"}
+        if kind is bool:
+            extra["action"] = argparse.BooleanOptionalAction
+        else:
+            extra.update(type=kind, choices=f.metadata.get("choices"))
+            if f.name not in positional:
+                extra["metavar"] = kind.__name__.upper()
+        name = f.name if f.name in positional else "--" + f.name.replace("_", "-")
+        parser.add_argument(name, default=f.default, help=f.metadata.get("help"), **extra)
+    values = vars(parser.parse_args(argv))
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def random(*key):
+    """A CPU generator that is a pure function of `key`, e.g. random(seed, "noise", step, index).
+
+    Training draws every number from such a generator, so resuming, the number of processes and the number of workers
+    do not change what is trained.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
