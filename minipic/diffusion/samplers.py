@@ -1,0 +1,81 @@
+"""Samplers: from noise to data along the noise levels of a grid.
+
+Each is a generator sampler(denoise, x, sigmas, noise=None) that yields (x, x0) after every step: the state at the next
+noise level and the prediction of the clean data that led there. `denoise(x, sigma) -> x0` is the model
+(Objective.denoiser), x [B,...] starts at level sigmas[0], `sigmas` [n+1] falls, and `noise(i)` gives fresh unit noise
+for step i to the sampler that adds some. Edit a yielded x in place and the next step goes on from the edited one
+(`keep` does). Every formula is in the coordinate x = x0 + sigma * noise, where a deterministic step only moves x along
+the straight line through x0. Karras et al., 2206.00364.
+"""
+
+
+def euler(denoise, x, sigmas, noise=None):
+    """Keep the noise that x0 leaves in x, lower its amount; first order.
+
+    In this coordinate it is also DDIM (2010.02502, eq. 12 with eta = 0; its own is x / sqrt(sigma^2 + 1)) and, because
+    (x - x0) / sigma is noise - x0 on a flow's line, Euler's method for flow matching.
+    """
+    for i in range(len(sigmas) - 1):
+        x0 = denoise(x, sigmas[i])
+        slope = (x - x0) / sigmas[i]
+        x = x + slope * (sigmas[i + 1] - sigmas[i])
+        yield x, x0
+
+
+def euler_ancestral(denoise, x, sigmas, noise):
+    """Step below the next level and add fresh noise up to it, so that the noise present is renewed step by step."""
+    for i in range(len(sigmas) - 1):
+        x0 = denoise(x, sigmas[i])
+        slope = (x - x0) / sigmas[i]
+        down = sigmas[i + 1] ** 2 / sigmas[i]
+        up = (sigmas[i + 1] ** 2 - down**2) ** 0.5  # the variances of old and new noise add up to the next level's
+        x = x + slope * (down - sigmas[i]) + up * noise(i)
+        yield x, x0
+
+
+def heun(denoise, x, sigmas, noise=None):
+    """Try Euler's step, then redo it with the mean of the slopes at both ends; second order, two calls a step.
+
+    2206.00364, algorithm 1.
+    """
+    for i in range(len(sigmas) - 1):
+        x0 = denoise(x, sigmas[i])
+        slope = (x - x0) / sigmas[i]
+        step = sigmas[i + 1] - sigmas[i]
+        if sigmas[i + 1] > 0:  # at 0 there is no slope
+            ahead = x + slope * step
+            slope = (slope + (ahead - denoise(ahead, sigmas[i + 1])) / sigmas[i + 1]) / 2
+        x = x + slope * step
+        yield x, x0
+
+
+def dpmpp_2m(denoise, x, sigmas, noise=None):
+    """Euler's step towards an x0 extrapolated from the last two predictions; second order, one call a step.
+
+    DPM-Solver++(2M), 2211.01095, algorithm 2: x0 is a line in lambda = -log(sigma), taken half a step ahead. The first
+    step has no past and the last one, to sigma 0, no finite lambda: both are Euler's.
+    """
+    past = None
+    for i in range(len(sigmas) - 1):
+        x0 = ahead = denoise(x, sigmas[i])
+        if past is not None and sigmas[i + 1] > 0:
+            ahead = x0 + (sigmas[i] / sigmas[i + 1]).log() / (sigmas[i - 1] / sigmas[i]).log() * (x0 - past) / 2
+        x = ahead + (sigmas[i + 1] / sigmas[i]) * (x - ahead)
+        past = x0
+        yield x, x0
+
+
+# ddim and flow_euler are euler's step on their own grids (Schedule.grid)
+SAMPLERS = {"euler": euler, "euler_ancestral": euler_ancestral, "ddim": euler, "dpmpp_2m": dpmpp_2m, "heun": heun,
+            "flow_euler": euler}
+
+
+def keep(steps, mix, known, noise, mask, sigmas):
+    """Inpainting by latent replacement: after each of a sampler's steps, put back the part that must stay.
+
+    steps: the sampler's generator; mix: Objective.mix; known: the clean latent [B,C,h,w]; noise: one draw like it, the
+    one x started from; mask [B,1,h,w]: 1 where to draw, 0 where to keep; sigmas: the sampler's. Yields as it does.
+    """
+    for i, (x, x0) in enumerate(steps):
+        x.copy_(mask * x + (1 - mask) * mix(known, noise, sigmas[i + 1]))
+        yield x, x0
