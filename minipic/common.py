@@ -26,7 +26,8 @@ def from_json(cls, values, fixed, where):
         if key in known:
             found[key] = value
         elif key in fixed and fixed[key] is not ... and value not in fixed[key]:
-            raise InputError(f"{where}: {key}={value!r} is not supported (supported: {', '.join(map(repr, fixed[key]))})")
+            raise InputError(f"{where}: {key}={value!r} is not supported "
+                             f"(supported: {', '.join(map(repr, fixed[key]))})")
         elif key not in fixed and not key.startswith("_"):
             raise InputError(f"{where}: unknown key {key!r} for {cls.__name__}; remove it or use a supported model")
     return cls(**found)

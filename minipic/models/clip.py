@@ -14,10 +14,11 @@ from minipic.common import InputError, from_json
 from minipic.layers.attention import attention
 
 # config.json of transformers carries many keys that say nothing about the numbers.
-FIXED = {"attention_dropout": (0.0,), "dropout": (0.0,), "layer_norm_eps": (1e-5,), "num_channels": (3,)} | dict.fromkeys((
-    "architectures", "bos_token_id", "pad_token_id", "eos_token_id", "model_type", "transformers_version", "torch_dtype",
-    "dtype", "initializer_factor", "initializer_range", "output_hidden_states", "output_attentions", "return_dict",
-    "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type"), ...)
+SILENT = ("architectures", "bos_token_id", "pad_token_id", "eos_token_id", "model_type", "transformers_version",
+          "torch_dtype", "dtype", "initializer_factor", "initializer_range", "output_hidden_states",
+          "output_attentions", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type")
+FIXED = {"attention_dropout": (0.0,), "dropout": (0.0,), "layer_norm_eps": (1e-5,), "num_channels": (3,),
+         **dict.fromkeys(SILENT, ...)}
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,10 @@ class CLIPTextConfig:
 
     @classmethod
     def from_json(cls, values, where="text_encoder/config.json"):
+        """Read an official config.json; keys it lacks take transformers' defaults, ViT-B/32's."""
+        legacy = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "projection_dim": 512}
         projects = "CLIPTextModelWithProjection" in (values.get("architectures") or ())
-        return check_activation(from_json(cls, values | {"with_projection": projects}, FIXED, where), where)
+        return check_activation(from_json(cls, legacy | values | {"with_projection": projects}, FIXED, where), where)
 
     def to_json(self):
         values = asdict(self)
@@ -62,7 +65,10 @@ class CLIPVisionConfig:
 
     @classmethod
     def from_json(cls, values, where="image_encoder/config.json"):
-        return check_activation(from_json(cls, values, FIXED, where), where)
+        """Read an official config.json; keys it lacks take transformers' defaults, ViT-B/32's."""
+        legacy = {"patch_size": 32, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+                  "num_attention_heads": 12, "projection_dim": 512}
+        return check_activation(from_json(cls, legacy | values, FIXED, where), where)
 
     def to_json(self):
         return {"architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model", **asdict(self),
@@ -155,8 +161,9 @@ class CLIPText(nn.Module):
         super().__init__()
         self.config = config
         self.text_model = TextModel(config)
-        project = config.with_projection
-        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False) if project else nn.Identity()
+        self.text_projection = nn.Identity()
+        if config.with_projection:
+            self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
     def forward(self, ids):
         """ids [B,N] -> (hidden states: embeddings and each layer's output, [B,N,D] each, without the final norm;

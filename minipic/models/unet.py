@@ -57,8 +57,7 @@ class UNetConfig:
     @classmethod
     def from_json(cls, values, where="unet/config.json"):
         """Read an official config.json; keys it lacks take diffusers' defaults, which are SD 1.5's, not SDXL's."""
-        legacy = {"transformer_layers_per_block": 1, "use_linear_projection": False, "addition_embed_type": None,
-                  "addition_time_embed_dim": None, "projection_class_embeddings_input_dim": None}
+        legacy = asdict(SD15) | {"cross_attention_dim": 1280}
         config = from_json(cls, legacy | values, FIXED, where)
         types = config.down_block_types + config.up_block_types[::-1]
         for name, stem in zip(types, ["Down"] * len(config.down_block_types) + ["Up"] * len(config.up_block_types)):

@@ -37,9 +37,11 @@ class VAEConfig:
 
     @classmethod
     def from_json(cls, values, where="vae/config.json"):
-        legacy = {"scaling_factor": 0.18215}  # SD 1.5's file does not name it
-        levels = len(values.get("block_out_channels", cls.block_out_channels))
-        return from_json(cls, legacy | values, FIXED | block_types(levels, lambda types: (types,)), where)
+        """Read an official config.json; keys it lacks take diffusers' defaults. SD 1.5's lacks the scaling factor."""
+        legacy = {"sample_size": 32, "block_out_channels": (64,), "layers_per_block": 1, "scaling_factor": 0.18215}
+        values = legacy | values
+        levels = len(values["block_out_channels"])
+        return from_json(cls, values, FIXED | block_types(levels, lambda types: (types,)), where)
 
     def to_json(self):
         return {"_class_name": "AutoencoderKL", **asdict(self), **block_types(len(self.block_out_channels))}

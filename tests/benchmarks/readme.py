@@ -1,0 +1,84 @@
+"""Bring README.md up to date: the map of the code between its two `<!-- map -->` lines, and the tables of what was
+measured, from the JSON files beside this one, between its two `<!-- results -->` lines.
+
+    python tests/benchmarks/readme.py
+
+A line is `path  lines  text`; a folder's lines are those of its Python files. The order and texts stay as they were
+written. A file that the map lacks joins at the end with the first sentence of its docstring, one that is gone leaves.
+"""
+
+import ast
+import json
+import re
+import statistics
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+MARK, RESULTS = "<!-- map -->\n", "<!-- results -->\n"
+LINE = re.compile(r"(\S+)\s+\d+(?:\s+(.*))?$")
+
+
+def package():
+    """The Python files that a reader is asked to read, as paths relative to the root."""
+    files = [*ROOT.glob("minipic/**/*.py"), ROOT / "train.py", ROOT / "sample.py"]
+    return sorted(f.relative_to(ROOT).as_posix() for f in files if f.exists() and f.stat().st_size)
+
+
+def count(path):
+    files = ROOT.glob(f"{path}/**/*.py") if (ROOT / path).is_dir() else [ROOT / path]
+    return sum(len(f.read_text(encoding="utf-8").splitlines()) for f in files)
+
+
+def sentence(path):
+    docstring = ast.get_docstring(ast.parse((ROOT / path).read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n\n")[0].replace("\n", " ").partition(". ")[0].rstrip(".")
+
+
+def rewrite(text):
+    """README's text with the map of this moment. Raises ValueError where the two markers are missing."""
+    before, block, after = text.split(MARK)
+    entries = dict(match.groups() for match in map(LINE.match, block.splitlines()) if match)
+    entries = {path: words for path, words in entries.items() if (ROOT / path).exists()}
+    entries = entries | {path: sentence(path) for path in package() if path not in entries}
+    width = max(map(len, entries))
+    lines = [f"{path:{width}}  {count(path):5}  {words or ''}".rstrip() for path, words in entries.items()]
+    return MARK.join([before, "\n".join(["```", *lines, "```", ""]), after])
+
+
+def results(text):
+    """README's text with the tables of this moment's measurements."""
+    before, _, after = text.split(RESULTS)
+    quality = json.loads(Path(__file__).with_name("quality.json").read_text())
+    return RESULTS.join([before, "\n".join(quality_table(quality)), after])
+
+
+def quality_table(quality):
+    """A row a kind of caption: what the judge reads in the drawn pictures, and its own errors on renders."""
+    found = quality["results"]
+    facts = ("color", "shape", "size", "pattern", "place", "relation", "floor", "sky", "count", "whole")
+    yield from ["| captions | " + " | ".join(facts) + " |", "|---" * (len(facts) + 1) + "|"]
+    for name, rows in found.items():
+        if isinstance(rows, list):
+            yield f"| {name} | " + " | ".join(cell([row[fact] for row in rows]) for fact in facts) + " |"
+    sweeps = [(f"{name} {value}", row) for name in ("guidance", "steps") for value, row in found[name].items()]
+    yield from ["", "| setting | whole caption | Fréchet distance |", "|---|---|---|"]
+    yield from (f"| {name} | {row['whole']:.3f} | {row['frechet']:.2f} |" for name, row in sweeps)
+    distance = found["frechet"]
+    yield from ["", f"Fréchet distance of judge features, two objects: drawn to rendered {distance['drawn to rendered']:.2f}, "
+                f"rendered to other rendered {distance['rendered to rendered']:.2f}. "
+                f"VAE: {found['vae psnr']:.1f} dB PSNR on renders it never saw.", "",
+                f"`{quality['command']}`, {quality['pictures']} pictures a cell, mean over {quality['seeds']} seeds and "
+                f"the largest difference between two; {quality['date']}, {quality['cpu']}, torch {quality['torch']}.", ""]
+
+
+def cell(values):
+    """Mean and spread; empty where nothing was asked (nan)."""
+    if values[0] != values[0]:
+        return ""
+    spread = f" ±{max(values) - min(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(rewrite(results(readme.read_text(encoding="utf-8"))), encoding="utf-8")

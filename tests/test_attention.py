@@ -1,0 +1,62 @@
+"""attention(): both backends against the formula written out in float64."""
+
+import math
+
+import peers
+import pytest
+import torch
+
+from minipic.common import InputError
+from minipic.layers.attention import Attention, attention
+
+
+def formula(q, k, v, causal):
+    """Row by row, softmax(q k^T / sqrt(d)) v."""
+    out = torch.empty_like(q)
+    for b in range(q.shape[0]):
+        for n in range(q.shape[1]):
+            for h in range(q.shape[2]):
+                seen = n + 1 if causal else k.shape[1]
+                weights = (k[b, :seen, h] @ q[b, n, h] / math.sqrt(q.shape[3])).exp()
+                out[b, n, h] = weights / weights.sum() @ v[b, :seen, h]
+    return out
+
+
+def qkv(n, m, dtype):
+    return [peers.numbers((2, size, 3, 8), seed).to(dtype).requires_grad_() for seed, size in enumerate((n, m, m))]
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "math", None])
+@pytest.mark.parametrize("n, m, causal", [(7, 7, False), (7, 7, True), (5, 9, False), (9, 1, False)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_is_the_formula(backend, n, m, causal, dtype, tolerance):
+    q, k, v = qkv(n, m, dtype)
+    out = attention(q, k, v, causal=causal, backend=backend)
+    assert out.shape == q.shape and out.dtype == dtype
+    with torch.no_grad():
+        assert peers.distance(out.double(), formula(q.double(), k.double(), v.double(), causal)) < tolerance
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_backends_have_the_same_gradients(causal):
+    def gradients(backend):
+        given = qkv(7, 7, torch.float64)
+        out = attention(*given, causal=causal, backend=backend)
+        return torch.autograd.grad((out * peers.numbers(out.shape, 5)).sum(), given)
+
+    for a, b, c in zip(*map(gradients, ("sdpa", "math", None))):
+        assert peers.distance(a, b) < 1e-12 and peers.distance(a, c) < 1e-12
+
+
+@torch.no_grad()
+def test_module_is_heads_of_projections_side_by_side():
+    module = peers.fill(Attention(12, 10, heads=3, head_dim=4, qkv_bias=True)).double()
+    x, context = peers.numbers((2, 5, 12), 1), peers.numbers((2, 6, 10), 2)
+    q, k, v = module.to_q(x), module.to_k(context), module.to_v(context)
+    heads = [attention(*(t[..., None, 4 * i:4 * i + 4] for t in (q, k, v)))[..., 0, :] for i in range(3)]
+    assert peers.distance(module(x, context), module.to_out(torch.cat(heads, dim=-1))) < 1e-12
+
+
+def test_unknown_backend_is_refused_by_name():
+    with pytest.raises(InputError, match="'flash'"):
+        attention(*qkv(2, 2, torch.float32), backend="flash")

@@ -1,0 +1,116 @@
+"""The VAE: keys and shapes of the official file, values and gradients of diffusers', configs, scaling."""
+
+import dataclasses
+import json
+
+import peers
+import pytest
+import torch
+
+from minipic.common import InputError
+from minipic.models.vae import SD15_VAE, SDXL_VAE, VAE, VAEConfig
+
+OLD_FILE = {  # vae/config.json as the first files had it: keys that came later are missing
+    "_class_name": "AutoencoderKL", "_diffusers_version": "0.6.0", "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4, "in_channels": 3,
+    "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 32, "out_channels": 3, "sample_size": 512,
+    "up_block_types": ["UpDecoderBlock2D"] * 4}
+
+
+def meta(config):
+    with torch.device("meta"):
+        return VAE(config)
+
+
+def test_full_size_keys_and_shapes():
+    assert peers.key_table(meta(SDXL_VAE)) == (248, 83_653_863, "600696bc94ffc80f")
+
+
+@pytest.mark.parametrize("config", [SDXL_VAE, dataclasses.replace(
+    SDXL_VAE, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)])
+def test_full_size_keys_and_shapes_are_those_of_diffusers(config):
+    pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        expected = peers.build_peer(config)
+    assert peers.key_table(meta(config)) == peers.key_table(expected)
+
+
+@pytest.mark.parametrize("name", peers.VAES)
+def test_golden(name):
+    peers.check_golden("vae", name)
+
+
+@pytest.mark.parametrize("name", peers.VAES)
+def test_diffusers(name):
+    pytest.importorskip("diffusers")
+    peers.check_peer("vae", name, 2e-5)
+
+
+@torch.no_grad()
+def test_a_picture_that_does_not_divide_by_the_factor_encodes_as_in_diffusers():
+    pytest.importorskip("diffusers")
+    (outputs, model, given), (peer_outputs, peer, _) = peers.ours("vae", "sdxl"), peers.peer("vae", "sdxl")
+    given = {"image": peers.numbers((1, 3, 22, 25), 3).float(), "z": peers.numbers((1, 4, 3, 2), 4).float()}
+    found, expected = outputs(model, **given), peer_outputs(peer, **given)
+    assert max(peers.distance(found[key], expected[key]) for key in expected) <= 2e-5
+
+
+@torch.no_grad()
+def test_log_variance_stays_between_the_bounds():
+    _, model, given = peers.ours("vae", "sdxl")
+    model.quant_conv.bias[4:] = torch.tensor([1e3, -1e3, 1.0, 1.0])
+    _, logvar = model.encode(given["image"].float())
+    assert (logvar[:, 0] == 20).all() and (logvar[:, 1] == -30).all() and (logvar[:, 2:].abs() < 20).all()
+
+
+def test_scale_is_the_shift_then_the_factor():
+    model, z = VAE(peers.VAES["flux"]), peers.numbers((2, 16, 3, 3), 1)
+    assert torch.allclose(model.scale(z), (z - 0.1159) * 0.3611)
+    assert torch.allclose(model.unscale(model.scale(z)), z)
+    assert torch.allclose(meta(SDXL_VAE).scale(z), z * 0.13025)
+
+
+def test_factor_is_pixels_per_latent_pixel():
+    assert (SDXL_VAE.factor, peers.VAES["sdxl"].factor, peers.VAES["flux"].factor) == (8, 4, 2)
+
+
+def test_official_config_is_the_preset():
+    path = peers.OFFICIAL / "vae" / "config.json"
+    if not path.exists():
+        pytest.skip("the official config.json is not here")
+    assert VAEConfig.from_json(json.loads(path.read_text())) == SDXL_VAE == VAEConfig()
+
+
+def test_old_config_is_the_preset():
+    assert VAEConfig.from_json(OLD_FILE) == SD15_VAE
+
+
+def test_missing_keys_take_the_defaults_of_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        expected = diffusers.AutoencoderKL()
+    config = VAEConfig.from_json({})
+    assert peers.key_table(meta(config)) == peers.key_table(expected)
+    assert config.scaling_factor == expected.config.scaling_factor
+
+
+@pytest.mark.parametrize("config", [SDXL_VAE, SD15_VAE, *peers.VAES.values()])
+def test_config_survives_json(config):
+    assert VAEConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize("name", peers.VAES)
+def test_config_that_diffusers_writes_is_read(name):
+    pytest.importorskip("diffusers")
+    written = json.loads(peers.build_peer(peers.VAES[name]).to_json_string())
+    assert VAEConfig.from_json(written) == peers.VAES[name]
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"colour": "red"}, "colour"), ({"act_fn": "relu"}, "act_fn"), ({"latents_mean": [0.1] * 4}, "latents_mean"),
+    ({"mid_block_add_attention": False}, "mid_block_add_attention"),
+    ({"down_block_types": ["AttnDownEncoderBlock2D"] * 4}, "AttnDownEncoderBlock2D"),
+    ({"up_block_types": ["UpDecoderBlock2D"] * 3}, "up_block_types")])
+def test_what_the_network_cannot_be_is_refused_by_name(change, words):
+    with pytest.raises(InputError, match=f"some/config.json.*{words}"):
+        VAEConfig.from_json(OLD_FILE | change, "some/config.json")
