@@ -1,0 +1,89 @@
+"""Training pictures from the world: many shapes and sizes, each with its caption and SDXL's size ids.
+
+index -> Picture (what to draw) -> image [3,H,W] in [-1,1], caption, size_ids [6]. Nothing is stored: a Picture is a
+pure function of (seed, index). The sizes and crops are SDXL's micro-conditioning, arXiv 2307.01952 section 2.2.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from minipic.common import random
+from minipic.world.caption import caption
+from minipic.world.scene import FLOORS, SKIES, render, sample_scene
+
+# Kinds of picture: (share, (H, W) of the training picture). Every bucket is a multiple of 16, the UNet's grid.
+KINDS = {"plain": (0.60, (64, 64)), "wide": (0.08, (64, 96)), "tall": (0.07, (96, 64)), "panels": (0.10, (64, 128)),
+         "crop": (0.09, (64, 64)), "small": (0.06, (64, 64))}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One training picture. `scenes`: one, or two for side-by-side panels; `drawn`: (H, W) that each is drawn at;
+    `size`: (H, W) of the training picture; `crop`: (top, left) of its cut from the drawn one."""
+
+    kind: str
+    scenes: tuple
+    drawn: tuple[int, int]
+    size: tuple[int, int]
+    crop: tuple[int, int] = (0, 0)
+
+    @property
+    def size_ids(self):
+        """Original height and width, crop top and left, target height and width."""
+        original = self.size if self.kind == "panels" else self.drawn
+        return torch.tensor([*original, *self.crop, *self.size], dtype=torch.float32)
+
+
+def compose(seed, index):
+    """Which picture number `index` is."""
+    generator = random(seed, "picture", index)
+    kind = list(KINDS)[int(torch.multinomial(torch.tensor([share for share, _ in KINDS.values()]), 1,
+                                             generator=generator))]
+    size = KINDS[kind][1]
+    scene = sample_scene(seed, index, aspect=1.0 if kind == "panels" else size[1] / size[0])
+    u = torch.rand(4, generator=generator).tolist()
+    if kind == "panels":  # two scenes, or one in another setting
+        setting = {"floor": list(FLOORS)[int(u[1] * len(FLOORS))], "sky": list(SKIES)[int(u[2] * len(SKIES))]}
+        other = sample_scene(seed, -1 - index) if u[0] < 0.5 else replace(scene, **setting)
+        return Picture(kind, (scene, other), (64, 64), size)
+    if kind == "crop":  # cut from a larger drawing, so that the crop ids mean something
+        return Picture(kind, (scene,), (80, 80), size, (int(u[0] * 17), int(u[1] * 17)))
+    if kind == "small":  # drawn small and enlarged, so that the original size means something
+        side = (24, 32, 48)[int(u[0] * 3)]
+        return Picture(kind, (scene,), (side, side), size)
+    return Picture(kind, (scene,), size, size)
+
+
+def caption_of(picture, generator):
+    """A caption of the picture in words drawn from `generator`; panels join two with a bar."""
+    text = " | ".join(caption(scene, generator) for scene in picture.scenes)
+    return f"two panels: {text}" if picture.kind == "panels" else text
+
+
+def draw(pictures, progress=None, chunk=64):
+    """Pictures -> list of images [3,H,W], rendered in batches of one size; `progress` names a bar to show."""
+    images, groups = [None] * len(pictures), {}
+    for i, picture in enumerate(pictures):
+        groups.setdefault(picture.drawn, []).append(i)
+    bar = tqdm(total=len(pictures), desc=progress, disable=progress is None, leave=False, mininterval=1)
+    for drawn, members in groups.items():
+        for start in range(0, len(members), chunk):
+            part = members[start:start + chunk]
+            scenes = [scene for i in part for scene in pictures[i].scenes]
+            rows = iter(render(scenes, drawn).rgb)
+            for i in part:
+                images[i] = finish(pictures[i], torch.cat([next(rows) for _ in pictures[i].scenes], dim=2))
+            bar.update(len(part))
+    bar.close()
+    return images
+
+
+def finish(picture, image):
+    """Enlarge or cut the drawn image [3,h,w] to the training picture's size."""
+    if picture.kind == "small":
+        return F.interpolate(image[None], size=picture.size, mode="bilinear", antialias=False)[0]
+    top, left = picture.crop
+    return image[:, top:top + picture.size[0], left:left + picture.size[1]]

@@ -1,0 +1,128 @@
+"""Trains the tiny CLIP: two text encoders of different kind against one vision tower (arXiv 2103.00020 figure 3).
+
+The first encoder is like CLIP-L (quick-gelu; its projection is only for training), the second like OpenCLIP's bigG
+(gelu, with a projection), as in SDXL. Their tokenizers differ in the padding only, as SDXL's do.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from minipic.common import option, random
+from minipic.data import caption_of, compose, draw
+from minipic.image import labelled_grid, to_pictures
+from minipic.layouts import save_part
+from minipic.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig, contrastive_loss
+from minipic.text import END, Tokenizer, train_tokenizer
+from minipic.training import Recipe as Base
+
+WIDTH = 128  # of the space where pictures and captions meet
+
+
+@dataclass
+class Recipe(Base):
+    """Train both text encoders and the vision tower to match pictures with their captions."""
+
+    steps: int = option(1500, "optimizer steps in all")
+    batch: int = option(64, "picture and caption pairs a step")
+    lr: float = option(1e-3, "peak learning rate")
+    weight_decay: float = option(0.1, "AdamW's decay of matrices and kernels (never of biases and norms)")
+    precision: str = option("bf16", "arithmetic of the forward pass; weights stay as they are", ("fp32", "bf16"))
+    scenes: int = option(10000, "different pictures, drawn before training starts")
+    vocabulary: int = option(1024, "tokens of the vocabulary, at most; the captions' words need about 700")
+
+
+class Towers(nn.Module):
+    """The three towers and what only training needs: the first encoder's projection and two temperatures."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.text_encoder = CLIPText(CLIPTextConfig(
+            vocab_size=vocab_size, hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=3,
+            hidden_act="quick_gelu", projection_dim=96))
+        self.text_encoder_2 = CLIPText(CLIPTextConfig(
+            vocab_size=vocab_size, hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4,
+            hidden_act="gelu", projection_dim=WIDTH, with_projection=True))
+        self.image_encoder = CLIPVision(CLIPVisionConfig(
+            image_size=64, patch_size=8, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+            num_attention_heads=4, hidden_act="quick_gelu", projection_dim=WIDTH))
+        self.text_projection = nn.Linear(96, WIDTH, bias=False)
+        self.logit_scale = nn.Parameter(torch.full((2,), math.log(1 / 0.07)))
+        for module in self.modules():  # CLIP's small start: default embeddings of deviation 1 drown what follows
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+
+
+def build(config):
+    """New towers, and the vocabulary of the captions in `<out>/tokenizer` and `tokenizer_2`."""
+    folder = Path(config.out)
+    if not (folder / "tokenizer_2" / "vocab.json").exists():
+        captions = [caption_of(compose(config.seed, i), random(config.seed, "vocabulary", i)) for i in range(5000)]
+        train_tokenizer(captions, folder / "tokenizer", config.vocabulary, END)
+        train_tokenizer(captions, folder / "tokenizer_2", config.vocabulary, "!")
+    towers = Towers(Tokenizer(folder / "tokenizer").size)
+    towers.tokenizers = [Tokenizer(folder / "tokenizer"), Tokenizer(folder / "tokenizer_2")]
+    return towers
+
+
+def setup(towers, config):
+    return list(towers.parameters())
+
+
+def data(towers, config):
+    """Batches of (pictures [B,3,64,64], two id tensors [B,N]); pictures of other shapes are squashed to 64x64."""
+    pictures = [compose(config.seed, i) for i in range(config.scenes)]
+    images = torch.stack([(squash(x) * 127).round().to(torch.int8) for x in draw(pictures, progress="pictures")])
+
+    def batch(step, indices):
+        rows = [int(torch.randint(len(pictures), (), generator=random(config.seed, "pick", i))) for i in indices]
+        captions = [caption_of(pictures[row], random(config.seed, "caption", i)) for row, i in zip(rows, indices)]
+        return {"image": images[rows] / 127, **tokens(towers, captions)}
+    return batch
+
+
+def squash(image):
+    return F.interpolate(image[None], size=(64, 64), mode="area")[0]
+
+
+def tokens(towers, captions):
+    """Ids of both tokenizers, cut to the longest caption: in a causal encoder padding changes nothing before it."""
+    ids = [tokenizer(captions) for tokenizer in towers.tokenizers]
+    longest = int((ids[0] == towers.tokenizers[0].end).int().argmax(1).max()) + 1
+    return {"ids": ids[0][:, :longest], "ids_2": ids[1][:, :longest]}
+
+
+def loss(towers, batch, config):
+    image = towers.image_encoder(batch["image"])[1].float()
+    text = towers.text_projection(towers.text_encoder(batch["ids"])[1]).float()
+    text_2 = towers.text_encoder_2(batch["ids_2"])[1].float()
+    scale = towers.logit_scale.clamp(max=math.log(100))  # CLIP section 2.5: no larger than 100
+    with torch.no_grad():
+        right = [(F.normalize(image, dim=1) @ F.normalize(t, dim=1).T).argmax(1) for t in (text, text_2)]
+        rows = torch.arange(len(image), device=image.device)
+        accuracy = {f"top1_{i}": (best == rows).float().mean() for i, best in enumerate(right)}
+    return contrastive_loss(image, text, scale[0]) + contrastive_loss(image, text_2, scale[1]), accuracy
+
+
+@torch.no_grad()
+def sample(towers, config):
+    """Eight pictures, each under the caption of the eight that the second encoder likes best for it."""
+    pictures = [compose(config.seed, 10**6 + i) for i in range(8)]
+    captions = [caption_of(p, random(config.seed, "sample", i)) for i, p in enumerate(pictures)]
+    images = torch.stack([squash(x) for x in draw(pictures)]).to(towers.logit_scale.device)
+    ids = tokens(towers, captions)["ids_2"].to(images.device)
+    match = F.normalize(towers.image_encoder(images)[1], dim=1) @ F.normalize(towers.text_encoder_2(ids)[1], dim=1).T
+    labels = [("" if row == best else "WRONG ") + captions[best] for row, best in enumerate(match.argmax(1).tolist())]
+    return labelled_grid(to_pictures(images), labels, columns=4)
+
+
+def export(towers, folder, config):
+    """Write tokenizers, text encoders and the vision tower as a diffusers folder has them."""
+    for name, tokenizer in zip(("tokenizer", "tokenizer_2"), towers.tokenizers):
+        tokenizer.save(folder / name)
+    for name in ("text_encoder", "text_encoder_2", "image_encoder"):
+        save_part(getattr(towers, name), folder / name, torch.float16)

@@ -1,0 +1,141 @@
+"""Trains text-to-image: the UNet learns to predict the noise in latents, given the text and the size ids.
+
+DDPM's loss (arXiv 2006.11239 equation 14) on the latents of a frozen VAE, text from two frozen encoders, SDXL's
+conditioning (arXiv 2307.01952), Min-SNR weights (arXiv 2303.09556).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minipic.common import option, random
+from minipic.data import caption_of, compose, draw
+from minipic.diffusion.schedule import Schedule
+from minipic.image import labelled_grid
+from minipic.layouts import load_part, open_part
+from minipic.models.unet import UNet, UNetConfig
+from minipic.pipeline import Pipeline
+from minipic.text import Tokenizer, encode
+from minipic.training import Recipe as Base
+
+PROMPTS = ("a small red sphere left of a large blue cube", "a large yellow torus on a pink floor",
+           "a medium green cone on the right", "a large white and red striped cylinder in the middle")
+
+
+def tiny(context_width, pooled_width):
+    """SDXL in miniature: three levels, transformers of depth 0, 1 and 2, heads of width 64, about 8 M parameters."""
+    return UNetConfig(
+        sample_size=16, block_out_channels=(64, 128, 128), layers_per_block=1, transformer_layers_per_block=(0, 1, 2),
+        attention_head_dim=(1, 2, 2), norm_num_groups=8, cross_attention_dim=context_width,
+        addition_time_embed_dim=32, projection_class_embeddings_input_dim=pooled_width + 6 * 32)
+
+
+@dataclass
+class Recipe(Base):
+    """Train the UNet of a pipeline folder on the world; --from-nothing starts a new tiny one."""
+
+    model: str = option("weights/tiny", "pipeline folder or file; its VAE and text encoders stay as they are")
+    from_nothing: bool = option(False, "start a new tiny UNet for the folder's VAE and text encoders")
+    steps: int = option(12000, "optimizer steps in all")
+    lr: float = option(1e-3, "peak learning rate")
+    ema: float = option(0.9995, "decay of the weight average that is drawn from and exported; 0 turns it off")
+    precision: str = option("bf16", "arithmetic of the forward pass; weights stay as they are", ("fp32", "bf16"))
+    scenes: int = option(40000, "different pictures; their latents are kept in memory")
+    min_snr: float = option(5.0, "largest weight of a noise level, in signal-to-noise ratio; 0 weighs all alike")
+    drop: float = option(0.1, "share of captions left out, for guidance: half zeros, half the empty prompt")
+
+
+def build(config):
+    """The pipeline to train: as it is, or its VAE and text encoders with a new UNet."""
+    if not config.from_nothing:
+        return Pipeline.load(config.model)
+    folder = Path(config.model)
+    parts = {name: load_part(open_part(folder / name, name), torch.float32)
+             for name in ("vae", "text_encoder", "text_encoder_2")}
+    first, second = parts["text_encoder"].config, parts["text_encoder_2"].config
+    unet = start_small(UNet(tiny(first.hidden_size + second.hidden_size, second.projection_dim)))
+    return Pipeline(unet=unet, **parts, tokenizer=Tokenizer(folder / "tokenizer"),
+                    tokenizer_2=Tokenizer(folder / "tokenizer_2"), schedule=Schedule(),
+                    index={"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True})
+
+
+def start_small(unet):
+    """Begin with every residual branch at zero, as LDM does: the new UNet is a few convolutions that learn at once."""
+    for name, module in unet.named_modules():
+        if name.endswith(("conv2", "proj_out")) or name == "conv_out":
+            torch.nn.init.zeros_(module.weight), torch.nn.init.zeros_(module.bias)
+    return unet
+
+
+def setup(pipeline, config):
+    pipeline.unet.checkpointing = config.checkpointing
+    return list(pipeline.unet.parameters())
+
+
+def data(pipeline, config):
+    """Batches of latents of one bucket: x0 and noise [B,4,h,w], t [B], size_ids [B,6], captions (None: left out)."""
+    pictures = [compose(config.seed, i) for i in range(config.scenes)]
+    latents = encode_pictures(pipeline.vae, pictures)
+    buckets = list({picture.size: None for picture in pictures})
+    members = [[i for i, picture in enumerate(pictures) if picture.size == size] for size in buckets]
+    share = torch.tensor([float(len(rows)) for rows in members])
+
+    def sample_of(rows, index):
+        generator = random(config.seed, "sample", index)
+        row = rows[int(torch.randint(len(rows), (), generator=generator))]
+        mean, std = latents[row].float()
+        u = torch.rand((), generator=generator).item()
+        text = None if u < config.drop / 2 else "" if u < config.drop else caption_of(pictures[row], generator)
+        return {"x0": mean + std * torch.randn(mean.shape, generator=generator),
+                "noise": torch.randn(mean.shape, generator=generator),
+                "t": torch.randint(pipeline.schedule.num_train_timesteps, (), generator=generator),
+                "size_ids": pictures[row].size_ids, "captions": text}
+
+    def batch(step, indices):
+        bucket = int(torch.multinomial(share, 1, generator=random(config.seed, "bucket", step)))
+        samples = [sample_of(members[bucket], index) for index in indices]
+        columns = {key: [sample[key] for sample in samples] for key in samples[0]}
+        return {key: torch.stack(values) if torch.is_tensor(values[0]) else values for key, values in columns.items()}
+    return batch
+
+
+@torch.no_grad()
+def encode_pictures(vae, pictures, chunk=64):
+    """Scaled latents of all pictures: a list of [2,4,h,w], mean and standard deviation, in 16 bits."""
+    latents, device = [None] * len(pictures), next(vae.parameters()).device
+    order = sorted(range(len(pictures)), key=lambda i: pictures[i].size)
+    for start in tqdm(range(0, len(order), chunk), "latents", leave=False, mininterval=2):
+        rows = order[start:start + chunk]
+        for size in {pictures[i].size for i in rows}:
+            same = [i for i in rows if pictures[i].size == size]
+            images = torch.stack(draw([pictures[i] for i in same])).to(device)
+            with torch.autocast(device.type, torch.bfloat16):
+                mean, logvar = vae.encode(images)
+            std = vae.config.scaling_factor * (0.5 * logvar.float()).exp()
+            for i, pair in zip(same, torch.stack([vae.scale(mean.float()), std], dim=1).half().cpu()):
+                latents[i] = pair
+    return latents
+
+
+def loss(pipeline, batch, config):
+    with torch.no_grad():
+        context, pooled = encode([text or "" for text in batch["captions"]], pipeline.towers)
+        told = torch.tensor([text is not None for text in batch["captions"]], device=pooled.device)
+        context, pooled = context * told[:, None, None], pooled * told[:, None]  # SDXL's "no prompt" is zeros
+
+    def predict(x, t):
+        return pipeline.unet(x, t, context, pooled, batch["size_ids"])
+    return pipeline.schedule.objective.loss(predict, batch["x0"], batch["noise"], batch["t"].cpu(),
+                                            config.min_snr or None).mean()
+
+
+def sample(pipeline, config):
+    """Two pictures for each of four prompts."""
+    rows = [(prompt, picture) for prompt in PROMPTS for picture in pipeline.generate(prompt, steps=20, n=2)]
+    return labelled_grid([picture for _, picture in rows], [prompt for prompt, _ in rows], columns=4)
+
+
+def export(pipeline, folder, config):
+    pipeline.save(folder, torch.float16)

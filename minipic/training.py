@@ -1,0 +1,306 @@
+"""What the training loop stands on: settings, learning rate, weight average, processes, signals, log and loss curve.
+
+`train.py` is the loop; checkpoint.py keeps its state. AdamW: Loshchilov and Hutter 2017; weight average: Polyak and
+Juditsky 1992; several processes: PyTorch's own DDP, and FSDP2 (`fully_shard`).
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from minipic.checkpoint import whole
+from minipic.common import InputError, option
+
+
+@dataclasses.dataclass
+class Recipe:
+    """The settings that every recipe has; a recipe adds its own fields and may give these other defaults."""
+    steps: int = option(1000, "optimizer steps in all")
+    batch: int = option(32, "samples a step, over all processes and micro-batches together")
+    accumulate: int = option(1, "micro-batches that a step's samples are cut into, to save memory")
+    lr: float = option(1e-3, "peak learning rate")
+    warmup: int = option(100, "steps over which the learning rate rises linearly to its peak")
+    schedule: str = option("cosine", "learning rate after the warm-up", ("constant", "cosine", "linear"))
+    weight_decay: float = option(0.01, "AdamW's decay of matrices and kernels (never of biases and norms)")
+    clip: float = option(1.0, "largest gradient norm; 0 leaves gradients as they are")
+    ema: float = option(0.999, "decay of the weight average that is drawn from and exported; 0 turns it off")
+    precision: str = option("fp32", "arithmetic of the forward pass; weights stay as they are", ("fp32", "bf16"))
+    checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    fsdp: bool = option(False, "shard weights, optimizer and average over the processes of torchrun")
+    seed: int = option(0, "seed of the first weights, the data and the noise")
+    out: str = option("", "run folder (empty: runs/RECIPE)")
+    save: str = option("", "folder for the finished weights (empty: OUT/model)")
+    resume: str = option("", "go on from a checkpoint folder, or from the newest good one: latest")
+    save_every: int = option(500, "steps between checkpoints")
+    keep: int = option(2, "checkpoints kept")
+    sample_every: int = option(500, "steps between sample pictures; 0 draws none")
+    log_every: int = option(10, "steps between lines of log.jsonl")
+
+    def __post_init__(self):
+        least = {"steps": 1, "batch": 1, "accumulate": 1, "warmup": 0, "clip": 0, "ema": 0, "save_every": 1, "keep": 1,
+                 "sample_every": 0, "log_every": 1}
+        for name, low in least.items():
+            if not getattr(self, name) >= low:
+                raise InputError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(self, name)}")
+        if self.ema >= 1:
+            raise InputError(f"--ema must be below 1, not {self.ema}; try 0.999")
+
+
+# Optimization -----------------------------------------------------------------------------------------------------
+
+def learning_rate(config, step):
+    """Linear warm-up to config.lr, then constant, half a cosine to 0, or a line to 0 at the last step."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    fall = {"constant": 1.0, "cosine": 0.5 + 0.5 * math.cos(math.pi * done), "linear": 1 - done}
+    return config.lr * fall[config.schedule]
+
+
+def adamw(params, config):
+    """AdamW over {name: parameter}; biases, norms and scales (one dimension or none) do not decay."""
+    matrices = [p for p in params.values() if p.ndim > 1]
+    others = [p for p in params.values() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr)
+
+
+class EMA:
+    """A moving average of parameters, in fp32 whatever theirs; `values` is {name: tensor}, empty when decay is 0."""
+
+    def __init__(self, params, decay):
+        self.params, self.decay = params, decay
+        self.values = {name: p.detach().float().clone() for name, p in params.items()} if decay else {}
+
+    @torch.no_grad()
+    def update(self, step):
+        """After step `step` (from 0). Early on a smaller decay, or the random start would stay in for 1/(1-decay)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, value in self.values.items():
+            value.lerp_(self.params[name].detach().float(), 1 - decay)
+
+    @contextlib.contextmanager
+    def swapped_in(self):
+        """Inside, the parameters hold the average."""
+        with torch.no_grad():
+            kept = {name: self.params[name].detach().clone() for name in self.values}
+            for name, value in self.values.items():
+                self.params[name].copy_(value)
+            try:
+                yield
+            finally:
+                for name, value in kept.items():
+                    self.params[name].copy_(value)
+
+
+@dataclasses.dataclass
+class Run:
+    """What a training run changes: a checkpoint holds exactly this. `loss` is the `Loss` of the model, wrapped."""
+    model: nn.Module
+    loss: nn.Module
+    params: dict
+    optimizer: torch.optim.Optimizer
+    ema: EMA
+
+
+def clip(run, most):
+    """Scale gradients down to the norm `most` (0: leave them); returns the norm they had, over all processes."""
+    return whole(torch.nn.utils.clip_grad_norm_(run.params.values(), most or math.inf)).item()
+
+
+@contextlib.contextmanager
+def finished(run):
+    """Inside, the model is whole, averaged and in eval mode. Every process must enter; all leave together."""
+    run.model.eval()
+    with torch.no_grad(), run.ema.swapped_in():
+        if isinstance(run.loss, FSDPModule):
+            run.loss.unshard()
+        yield
+        wait()
+        if isinstance(run.loss, FSDPModule):
+            run.loss.reshard()
+    run.model.train()
+
+
+# Processes --------------------------------------------------------------------------------------------------------
+
+class Loss(nn.Module):
+    """A recipe's loss as a module, so that DDP and FSDP see one forward: batch -> (scalar, {name: value to log})."""
+
+    def __init__(self, model, loss, config):
+        super().__init__()
+        self.model, self.loss, self.config = model, loss, config
+
+    def forward(self, batch):
+        result = self.loss(self.model, batch, self.config)
+        return result if isinstance(result, tuple) else (result, {})
+
+
+def start_processes(config):
+    """Join the group that torchrun started, if it did. Returns (rank, number of processes, device)."""
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if config.fsdp and "RANK" not in os.environ:
+        raise InputError("--fsdp needs processes: start with torchrun --standalone --nproc_per_node=N train.py ...")
+    if config.batch % (config.accumulate * world):
+        raise InputError(f"--batch {config.batch} does not divide into --accumulate {config.accumulate} micro-batches "
+                         f"on {world} process(es); choose a multiple of {config.accumulate * world}")
+    if "RANK" in os.environ:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return int(os.environ.get("RANK", 0)), world, device
+
+
+def distribute(loss, config):
+    """Wrap a `Loss` for several processes; what does not train must be frozen.
+
+    FSDP is applied once, to the whole: weights, gradients, optimizer and average are sharded between steps, and
+    whole weights exist while a step computes. Frozen parts stay whole in every process, for `data` may call them.
+    """
+    if not dist.is_initialized():
+        return loss
+    if not config.fsdp:
+        return DistributedDataParallel(loss)
+    scalars = [name for name, p in loss.model.named_parameters() if p.requires_grad and p.ndim == 0]
+    if scalars:
+        raise InputError(f"--fsdp cannot shard {scalars[0]!r}, a single number; train this recipe without --fsdp")
+    mesh = dist.init_device_mesh(next(loss.parameters()).device.type, (dist.get_world_size(),))
+    return fully_shard(loss, mesh=mesh, ignored_params={p for p in loss.parameters() if not p.requires_grad})
+
+
+def synchronize(run, on):
+    """Whether the next backward pass averages gradients over processes. DDP reads it in forward: set it before."""
+    if isinstance(run.loss, FSDPModule):
+        run.loss.set_requires_gradient_sync(on)
+    elif isinstance(run.loss, DistributedDataParallel):
+        run.loss.require_backward_grad_sync = on
+
+
+def share(config, step, rank, world):
+    """Sample numbers of one process in one step, a list per micro-batch; together the processes cover the batch."""
+    size = config.batch // (config.accumulate * world)
+    first = [step * config.batch + (micro * world + rank) * size for micro in range(config.accumulate)]
+    return [list(range(start, start + size)) for start in first]
+
+
+def gather(rows, rank, world, device):
+    """Each process's [M][K] numbers -> [world, M, K] on the CPU, the same in every process."""
+    rows = torch.stack([torch.stack([torch.as_tensor(x, device=device).detach().float() for x in r]) for r in rows])
+    table = rows.new_zeros(world, *rows.shape)
+    table[rank] = rows
+    if world > 1:
+        dist.all_reduce(table)
+    return table.cpu()
+
+
+def seed(number, device):
+    """Seed PyTorch's own generators. torch.manual_seed would keep a stack trace per call for every absent device."""
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
+
+
+def wait():
+    """Until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+class Stop:
+    """Turns the first SIGINT or SIGTERM into a request, `.signal`, to stop after the step; the second stops at once.
+
+    A repeat within a second counts as the first: torchrun passes on the Ctrl-C that the terminal sent to everyone.
+    """
+
+    def __enter__(self):
+        self.signal, self.time = "", math.inf
+        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def __call__(self, number, frame):
+        if time.monotonic() > self.time + 1:
+            os._exit(128 + number)
+        self.signal, self.time = signal.Signals(number).name, min(self.time, time.monotonic())
+
+
+# Log --------------------------------------------------------------------------------------------------------------
+
+def refuse_nan(config, step, table, norm, saved):
+    """Raise InputError when the loss or gradient of a step is not a finite number, naming the samples."""
+    world, micros, _ = table.shape
+    bad = [index for micro in range(micros) for rank in range(world) if not table[rank, micro, 0].isfinite()
+           for index in share(config, step, rank, world)[micro]]
+    if bad or not math.isfinite(norm):
+        what, where = ("loss", bad) if bad else ("gradient", range(step * config.batch, (step + 1) * config.batch))
+        kept = f"the checkpoint of step {saved} is the last good one" if saved else "there is no checkpoint yet"
+        raise InputError(f"the {what} of step {step + 1} is NaN or infinite, in samples {where[0]} to {where[-1]}; "
+                         f"{kept}. Try a lower --lr, a longer --warmup or --precision fp32")
+
+
+def start_log(config, last):
+    """Rows of OUT/log.jsonl up to step `last`; later lines, and one cut by a kill, are removed from the file."""
+    path, rows = Path(config.out, "log.jsonl"), []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    rows = [row for row in rows if row["step"] <= last]
+    write_safely(path, lambda part: part.write_text("".join(json.dumps(row) + "\n" for row in rows)))
+    return rows
+
+
+def log(config, rows, row):
+    """Append a row to the list and to OUT/log.jsonl."""
+    rows.append(row)
+    with open(Path(config.out, "log.jsonl"), "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def write_safely(path, write):
+    """Call write(temporary path), then rename: a reader sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"part-{path.name}")
+    write(part)
+    os.replace(part, path)
+
+
+def loss_curve(rows, width=640, height=360):
+    """Picture of the loss over the steps (logarithmic if all are positive): each logged value, and their average."""
+    picture = Image.new("RGB", (width, height), "white")
+    draw, steps = ImageDraw.Draw(picture), [row["step"] for row in rows]
+    logarithmic = all(row["loss"] > 0 for row in rows)
+    height_of = math.log if logarithmic else float
+    values, smooth = [height_of(row["loss"]) for row in rows], []
+    for value in values:
+        smooth.append(value if not smooth else 0.9 * smooth[-1] + 0.1 * value)
+    low, high, left, margin = min(values), max(values), 70, 24
+
+    def place(step, value):
+        across, up = (step - steps[0]) / max(1, steps[-1] - steps[0]), (value - low) / ((high - low) or 1)
+        return left + across * (width - left - margin), height - margin - up * (height - 2 * margin)
+
+    for mark in (low, (low + high) / 2, high):
+        x, y = place(steps[0], mark)
+        draw.line([(x, y), (width - margin, y)], fill="lightgray")
+        draw.text((4, y - 6), f"{math.exp(mark) if logarithmic else mark:.4g}", fill="black")
+    draw.line([place(*point) for point in zip(steps, values)], fill="lightsteelblue")
+    draw.line([place(*point) for point in zip(steps, smooth)], fill="navy", width=2)
+    draw.text((left, height - margin + 6), f"step {steps[0]}", fill="black")
+    draw.text((width - margin - 70, height - margin + 6), f"step {steps[-1]}", fill="black")
+    return picture

@@ -1,0 +1,53 @@
+"""One pair of every task and two scenes in every style, as tutorials/figures/world.png.
+
+    python tests/benchmarks/world_sheet.py
+"""
+
+import sys
+from itertools import count, islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from minipic.image import labelled_grid, to_pictures  # noqa: E402
+from minipic.world.scene import render, sample_scene  # noqa: E402
+from minipic.world.styles import STYLES  # noqa: E402
+from minipic.world.tasks import TASKS  # noqa: E402
+
+SEED, GAP = 0, 4
+
+
+def rich(number):
+    """The indices of the first scenes that show three objects and a pattern."""
+    objects = ((i, sample_scene(SEED, i).objects) for i in count())
+    return list(islice((i for i, found in objects if len(found) == 3 and any(o.color2 for o in found)), number))
+
+
+def side_by_side(one, two):
+    """Two pictures [3,H,W] with a gap, every pixel twice as large, as a PIL picture."""
+    pair = to_pictures(torch.cat([F.pad(one, (0, GAP), value=1.0), two], 2)[None])[0]
+    return pair.resize((2 * pair.width, 2 * pair.height), Image.Resampling.NEAREST)
+
+
+def main():
+    index, other = rich(2)
+    pairs = {name: task(SEED, [index]) for name, task in TASKS.items()}
+    pictures = [side_by_side(pair.source[0], pair.target[0]) for pair in pairs.values()]
+    labels = [f"{name}: {pair.prompts[0]}" if name in ("edit", "view") else name for name, pair in pairs.items()]
+    scenes = [sample_scene(SEED, i) for i in (index, other)]
+    for name, (shade, _) in STYLES.items():
+        pictures.append(side_by_side(*render(scenes, shade=shade, truth=False).rgb))
+        labels.append(name)
+    path = ROOT / "tutorials" / "figures" / "world.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    labelled_grid(pictures, labels, columns=3, cell=pictures[0].width).save(path, optimize=True)
+    print(path.relative_to(ROOT), path.stat().st_size, "bytes")
+
+
+if __name__ == "__main__":
+    main()

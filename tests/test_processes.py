@@ -1,0 +1,116 @@
+"""The loop in processes of its own: signals, a full disk, and two processes that train what one does."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import toy_recipe
+from toy_recipe import apart, at, finish, hashes, one_thread, processes, toy, until
+
+from minipic import checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_full_disk_keeps_the_old_checkpoint(tmp_path):
+    flags = ["--out", tmp_path / "run", "--width", 801, "--save-every", 10, "--log-every", 100]
+    assert toy(*flags, "--steps", 10, "--schedule", "constant") == 0
+    before = hashes(at(tmp_path / "run", 10))
+    run = processes([*flags, "--schedule", "constant", "--resume", "latest"], tmp_path / "said", limit=30_000)
+    assert finish(run) == [2]
+    said = (tmp_path / "said").read_text().splitlines()[-1]
+    assert re.search(r"cannot write .*step-000020 \([\d,]+ bytes\): .*File too large.*--resume latest", said)
+    assert "Traceback" not in (tmp_path / "said").read_text()
+    assert checkpoint.damage(at(tmp_path / "run", 10)) == "" and hashes(at(tmp_path / "run", 10)) == before
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000010"]
+
+
+def test_full_disk_in_the_log_is_one_sentence(tmp_path):
+    run = processes(["--out", tmp_path / "run", "--steps", 99], tmp_path / "said", limit=3000)
+    assert finish(run) == [2]
+    assert "train.py: cannot write: [Errno 27] File too large; make room" in (tmp_path / "said").read_text()
+    assert "Traceback" not in (tmp_path / "said").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_finishes_the_step_saves_and_exits_0(tmp_path, number):
+    flags = ["--steps", 10 ** 6, "--schedule", "constant", "--slow", 0.01]
+    run = processes(["--out", tmp_path / "run", *flags], tmp_path / "said")
+    until(lambda: (tmp_path / "run/log.jsonl").exists() and (tmp_path / "run/log.jsonl").stat().st_size > 500)
+    os.kill(run[0].pid, number)
+    assert finish(run) == [0]
+    (step, folder), = checkpoint.finished(tmp_path / "run/checkpoints").items()
+    assert f"stopped by {number.name} after step {step}, saved" in (tmp_path / "said").read_text()
+    assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == step
+    assert toy("--out", tmp_path / "whole", "--schedule", "constant", "--slow", 0.01, "--steps", step) == 0
+    assert hashes(folder) == hashes(at(tmp_path / "whole", step))
+
+
+def test_second_signal_stops_at_once(tmp_path):
+    run = processes(["--out", tmp_path / "run", "--slow", 30], tmp_path / "said")
+    until(lambda: (tmp_path / "run/log.jsonl").exists())
+    os.kill(run[0].pid, signal.SIGINT)
+    time.sleep(1.2)  # a repeat within a second counts as the first
+    os.kill(run[0].pid, signal.SIGINT)
+    run[0].join(10)
+    assert run[0].exitcode == 128 + signal.SIGINT
+
+
+@pytest.mark.parametrize("flags", [[], ["--accumulate", 2], ["--fsdp"], ["--fsdp", "--accumulate", 2]], ids=str)
+def test_two_processes_train_what_one_does(tmp_path, flags):
+    common = ["--save-every", 12, "--sample-every", 12]
+    assert toy("--out", tmp_path / "one", *common) == 0
+    run = processes(["--out", tmp_path / "two", *common, *flags], tmp_path / "said", world=2)
+    assert finish(run) == [0, 0], (tmp_path / "said").read_text()
+    assert apart(at(tmp_path / "one", 24), at(tmp_path / "two", 24)) < 1e-6
+    assert json.loads((tmp_path / "two/model/student.json").read_text()).keys() == {
+        "0.weight", "0.bias", "3.weight", "3.bias", "4.weight", "4.bias"}
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+            for name in ("one", "two")]
+    for one, two in zip(*logs, strict=True):
+        for key in ("loss", "size", "gradient_norm"):
+            assert one[key] == pytest.approx(two[key], abs=1e-5), (key, one["step"])
+
+    # A checkpoint of two processes resumes on one, and of one on two.
+    assert toy("--out", tmp_path / "two-one", "--resume", at(tmp_path / "two", 12)) == 0
+    assert apart(at(tmp_path / "one", 24), at(tmp_path / "two-one", 24)) < 1e-6
+    run = processes(["--out", tmp_path / "one-two", "--resume", at(tmp_path / "one", 12), *flags], tmp_path / "s", 2)
+    assert finish(run) == [0, 0], (tmp_path / "s").read_text()
+    assert apart(at(tmp_path / "one", 24), at(tmp_path / "one-two", 24)) < 1e-6
+
+
+def test_two_processes_resume_bitwise_and_stop_together(tmp_path):
+    flags = ["--steps", 10 ** 6, "--schedule", "constant", "--slow", 0.01, "--fsdp"]
+    run = processes(["--out", tmp_path / "run", *flags], tmp_path / "said", world=2)
+    until(lambda: (tmp_path / "run/log.jsonl").exists() and (tmp_path / "run/log.jsonl").stat().st_size > 500)
+    os.kill(run[1].pid, signal.SIGTERM)  # only one of them hears it
+    assert finish(run) == [0, 0]
+    (step, _), = checkpoint.finished(tmp_path / "run/checkpoints").items()
+    assert f"stopped by a signal after step {step}" in (tmp_path / "said").read_text()
+    flags[1] = step + 5
+    run = processes(["--out", tmp_path / "run", *flags, "--resume", "latest"], tmp_path / "said", world=2)
+    assert finish(run) == [0, 0], (tmp_path / "said").read_text()
+    run = processes(["--out", tmp_path / "whole", *flags], tmp_path / "said", world=2)
+    assert finish(run) == [0, 0]
+    assert hashes(at(tmp_path / "run", step + 5)) == hashes(at(tmp_path / "whole", step + 5))
+
+
+def test_nan_in_another_process_names_its_samples(tmp_path):
+    run = processes(["--out", tmp_path / "run", "--nan-loss", 5 * 8 + 6], tmp_path / "said", world=2)
+    assert finish(run) == [2, 2]
+    assert "the loss of step 6 is NaN or infinite, in samples 44 to 47" in (tmp_path / "said").read_text()
+
+
+def test_torchrun_starts_it(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               Path(toy_recipe.__file__), "toy", "--out", tmp_path / "two"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert toy("--out", tmp_path / "one") == 0
+    assert apart(at(tmp_path / "one", 24), at(tmp_path / "two", 24)) < 1e-6

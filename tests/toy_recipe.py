@@ -1,0 +1,195 @@
+"""The smallest recipe that uses all of the loop (a frozen teacher, dropout, a running count), and ways to start it.
+
+As a program it is train.py with this recipe added: `python tests/toy_recipe.py toy --steps 20`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from multiprocessing import forkserver
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch._dynamo  # AdamW would import it at its first step, in every process
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+
+import train
+from minipic import training
+from minipic.common import option, random
+
+train.RECIPES["toy"] = "toy_recipe"
+
+
+@dataclasses.dataclass
+class Recipe(training.Recipe):
+    """A student learns what a teacher says."""
+    steps: int = option(24, "optimizer steps in all")
+    batch: int = option(8, "samples a step")
+    warmup: int = option(5, "steps of warm-up")
+    ema: float = option(0.9, "decay of the average")
+    save_every: int = option(100, "steps between checkpoints")
+    sample_every: int = option(0, "steps between pictures")
+    log_every: int = option(1, "steps between lines of the log")
+    width: int = option(17, "width of the student; odd, so that shards are uneven")
+    dropout: float = option(0.0, "dropout of the student")
+    slow: float = option(0.0, "seconds that each micro-batch takes")
+    nan_loss: int = option(-1, "sample whose loss is NaN")
+    nan_gradient: int = option(-1, "sample whose gradient is NaN while its loss is a number")
+
+
+class Model(nn.Module):
+    def __init__(self, width, dropout):
+        super().__init__()
+        self.teacher = nn.Linear(6, 3)
+        self.student = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Dropout(dropout), nn.LayerNorm(width),
+                                     nn.Linear(width, 3))
+        self.register_buffer("calls", torch.zeros(1))
+
+
+def build(config):
+    return Model(config.width, config.dropout)
+
+
+def setup(model, config):
+    return list(model.student.parameters())
+
+
+def data(model, config):
+    def batch_of(step, indices):
+        if config.slow:
+            time.sleep(config.slow)
+        x = torch.stack([torch.randn(6, generator=random(config.seed, "x", index)) for index in indices])
+        with torch.no_grad():  # frozen parts must stay whole when the rest is sharded
+            y = model.teacher(x.to(model.calls.device))
+        return {"x": x, "y": y, "indices": indices}
+    return batch_of
+
+
+def loss(model, batch, config):
+    model.calls += 1
+    predicted = model.student(batch["x"])
+    error = functional.mse_loss(predicted.float(), batch["y"])
+    if config.nan_loss in batch["indices"]:
+        error = error * float("nan")
+    if config.nan_gradient in batch["indices"]:
+        error = error + (predicted * 0).abs().sqrt().sum()  # 0 times the root's infinite slope
+    return error, {"size": predicted.detach().abs().mean()}
+
+
+def sample(model, config):
+    assert not model.training and not torch.is_grad_enabled()
+    model.student(torch.zeros(1, 6, device=model.calls.device))  # outside the loss: a shard could not do this
+    return Image.new("RGB", (8, 8))
+
+
+def export(model, folder, config):
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {name: p.detach().cpu().tolist() for name, p in model.student.named_parameters()}
+    (folder / "student.json").write_text(json.dumps(values))
+
+
+def processes(argv, output, world=1, limit=0, slow_disk=0.0):
+    """Start `world` processes that train the toy. `output`: file for what they print (the others: output-RANK).
+
+    They fork from a server that has torch loaded, so a start takes hundredths of a second, and a kill is a real one.
+    `limit`: largest file they may write, in bytes; `slow_disk`: seconds that each flush to the disk takes.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["toy_recipe"])
+    with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):  # the server does not inherit sys.path
+        forkserver.ensure_running()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    outputs = [output, *(f"{output}-{rank}" for rank in range(1, world))]
+    started = [context.Process(target=work, args=(list(map(str, argv)), said, rank, world, port, limit, slow_disk))
+               for rank, said in enumerate(outputs)]
+    for process in started:
+        process.start()
+    return started
+
+
+def work(argv, output, rank, world, port, limit, slow_disk):
+    """What one of the `processes` does."""
+    import resource
+    torch.set_num_threads(1)  # sums in another order are not bitwise equal
+    if world > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if slow_disk:
+        fsync = os.fsync
+        os.fsync = lambda descriptor: (time.sleep(slow_disk), fsync(descriptor))
+    with open(output, "w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        try:
+            code = train.main(["toy", *argv])
+        except Exception:  # e.g. the other process has been killed
+            traceback.print_exc()
+            code = 1
+    os._exit(code)  # as an ordinary exit, without waiting for the test's own threads
+
+
+def finish(started):
+    """Wait for processes; returns their exit codes."""
+    for process in started:
+        process.join(180)
+    return [process.exitcode for process in started]
+
+
+# What the tests ask -----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums in another order are not bitwise equal
+    yield
+    torch.set_num_threads(before)
+
+
+def toy(*flags):
+    return train.main(["toy", *map(str, flags)])
+
+
+def at(run, step):
+    return Path(run, "checkpoints", f"step-{step:06d}")
+
+
+def hashes(folder):
+    """sha256 of the weights, the average and the optimizer's state in a checkpoint."""
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    return [files[f"{name}.safetensors"]["sha256"] for name in ("model", "ema", "optimizer")]
+
+
+def apart(one, other):
+    """Largest difference between two checkpoints, after checking that they hold the same names; counts left out."""
+    worst = 0.0
+    for file in ("model", "ema", "optimizer"):
+        a, b = (load_file(folder / f"{file}.safetensors") for folder in (one, other))
+        assert a.keys() == b.keys()
+        worst = max([worst, *((a[name] - b[name]).abs().max().item() for name in a if name != "calls")])
+    return worst
+
+
+def until(condition, seconds=180):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.005)
+
+
+if __name__ == "__main__":
+    sys.exit(train.main())
