@@ -1,0 +1,267 @@
+"""The pipeline: a prompt goes down through text, guidance, UNet and VAE and comes out as a picture.
+
+    pipeline = Pipeline.load("weights/tiny")
+    pictures = pipeline.generate("a small red sphere left of a large blue cube", n=4)
+
+SDXL (arXiv 2307.01952): base, refiner, Turbo; Stable Diffusion 1.x and 2.x; image-to-image (2108.01073); inpainting by
+latent replacement (2201.09865). The same seed gives the picture that diffusers gives.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from minipic.common import InputError
+from minipic.diffusion.guidance import combine, rescale as rescale_to
+from minipic.diffusion.samplers import SAMPLERS, keep
+from minipic.diffusion.schedule import Schedule
+from minipic.image import cover, to_pictures, to_tensor
+from minipic.layouts import blank, load_part, open_model, open_vae, save_folder
+from minipic.text import Conditioning, Tokenizer, encode, size_ids
+
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+AT_ONCE = 1024 * 1024  # pixels in all; the VAE's activations are the largest there are: 0.5 GB each in fp32
+AESTHETIC = (6.0, 2.5)  # what the refiner is told of the wanted and the unwanted picture, on a scale to 10 (diffusers)
+
+
+class Pipeline(nn.Module):
+    """The networks, tokenizers and noise schedule of one model; `index` is its model_index.json.
+
+    SDXL's refiner has no text_encoder, Stable Diffusion 1.x and 2.x have no text_encoder_2.
+    """
+
+    def __init__(self, unet, vae, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
+                 schedule=None, index=None):
+        super().__init__()
+        self.unet, self.vae, self.text_encoder, self.text_encoder_2 = unet, vae, text_encoder, text_encoder_2
+        self.tokenizer, self.tokenizer_2, self.schedule = tokenizer, tokenizer_2, schedule or Schedule()
+        self.sdxl = unet.config.addition_embed_type is not None
+        self.index = index or {"_class_name": "StableDiffusionXLPipeline" if self.sdxl else "StableDiffusionPipeline"}
+        self.lazy, self.texts = {}, {}  # filled only by load(lazy=True): parts still on disk, texts already encoded
+
+    @classmethod
+    def load(cls, path, dtype=None, device=None, vae=None, lazy=False, check_hashes=False):
+        """A model from a diffusers folder or a single .safetensors file, whose tokenizers lie in folders beside it.
+
+        `dtype` (default float32) and `device` (default CPU) of the networks; in float16 a VAE that would overflow stays
+        float32. `vae`: another VAE's folder or file. `lazy`: read each network when it is needed and free the text
+        encoders before the UNet. `check_hashes`: accept official files only. Raises InputError naming what is wrong.
+        """
+        dtype, path = dtype or torch.float32, Path(path)
+        source = open_model(path, half=dtype != torch.float32, check_hashes=check_hashes)
+        parts = source.parts | ({"vae": open_vae(vae)} if vae else {})
+        if parts["vae"].config.latent_channels != parts["unet"].config.in_channels:
+            raise InputError(f"--vae {vae}: makes {parts['vae'].config.latent_channels} channels, the UNet of {path} "
+                             f"takes {parts['unet'].config.in_channels}")
+        tokenizers = {TOKENIZERS[name]: open_tokenizer(path, TOKENIZERS[name], part.config.vocab_size)
+                      for name, part in parts.items() if name in TOKENIZERS}
+        where = path / "scheduler" / "scheduler_config.json"
+        pipeline = cls(**{name: blank(part.model, part.config) for name, part in parts.items()}, **tokenizers,
+                       schedule=Schedule.from_json(source.scheduler, where), index=source.index)
+        overflows = dtype == torch.float16 and parts["vae"].config.force_upcast
+        pipeline.lazy = {name: (part, torch.float32 if name == "vae" and overflows else dtype, device or "cpu")
+                         for name, part in parts.items()}
+        if not lazy:
+            pipeline.fetch(*parts)
+            pipeline.lazy = {}
+        return pipeline
+
+    def fetch(self, *names):
+        """Read these parts from disk unless they are here."""
+        for name in names:
+            if name in self.lazy and next(getattr(self, name).parameters()).is_meta:
+                setattr(self, name, load_part(*self.lazy[name]))
+
+    def free(self, *names):
+        """Give back the memory of these parts, when they can be read again."""
+        for name in names:
+            if name in self.lazy:
+                setattr(self, name, blank(self.lazy[name][0].model, self.lazy[name][0].config))
+
+    def save(self, folder, dtype=None):
+        """Write a diffusers folder that `load` and diffusers read. `dtype`: the weights' on disk; None: as they are."""
+        parts = {name: getattr(self, name) for name in PARTS if getattr(self, name) is not None}
+        self.fetch(*parts)
+        for name in parts.keys() & TOKENIZERS.keys():
+            getattr(self, TOKENIZERS[name]).save(Path(folder) / TOKENIZERS[name])
+        save_folder(folder, parts, self.index, self.schedule.to_json(), dtype)
+
+    @property
+    def towers(self):
+        """[(tokenizer, text encoder), ...] of the encoders this model has."""
+        return [(getattr(self, tokenizer), getattr(self, name)) for name, tokenizer in TOKENIZERS.items()
+                if getattr(self, name) is not None]
+
+    @property
+    def size(self):
+        """(width, height) in pixels of the pictures that the UNet was trained for."""
+        return (self.unet.config.sample_size * self.vae.config.factor,) * 2
+
+    @torch.no_grad()
+    def encode(self, prompt, negative=None):
+        """(what is wanted, what is not): two Conditionings of one row, without sizes.
+
+        No negative prompt at all (None) is zeros where the model was trained so, as SDXL base was; "" is encoded.
+        """
+        if (prompt, negative) not in self.texts:
+            self.fetch(*TOKENIZERS)
+            cond, uncond = (Conditioning(*encode([text or ""], self.towers, self.sdxl)) for text in (prompt, negative))
+            if negative is None and self.sdxl and self.index.get("force_zeros_for_empty_prompt", True):
+                uncond = Conditioning(*(torch.zeros_like(x) for x in cond[:2]))
+            if not self.lazy:
+                return cond, uncond
+            self.texts[prompt, negative] = cond, uncond
+        return self.texts[prompt, negative]
+
+    def generate(self, prompt, negative=None, **settings):
+        """Draw `n` pictures of a prompt -> list of PIL pictures; picture i has seed + i. `settings`: see `steps`."""
+        for x in self.latents(prompt, negative, **settings):
+            pass
+        return self.decode(x)
+
+    def latents(self, prompt, negative=None, **settings):
+        """The same as a generator: x_t [n,4,h,w] after every step, of variance about 1. The last one is the picture."""
+        for x, _ in self.steps(prompt, negative, **settings):
+            yield x
+
+    @torch.no_grad()
+    def steps(self, prompt, negative=None, steps=30, guidance=5.0, seed=0, n=1, size=None, sampler=None, image=None,
+              strength=0.75, mask=None, original_size=None, crop=(0, 0), target_size=None, rescale=0.0,
+              refiner=None, handover=0.8):
+        """Yield (x_t, predicted x0), each [n,4,h,w], after every step; `decode` makes pictures of either.
+
+        guidance: 1 or less is off (Turbo); rescale: see diffusion/guidance.py. size: (width, height), multiples of 8.
+        sampler: a name in SAMPLERS, the model's own by default. image: a PIL picture to start from, changed the more
+        the higher `strength` (0 to 1); mask: a PIL picture of the same size, white where to draw and black where to
+        keep `image`. original_size, crop (left, top) and target_size are SDXL's micro-conditioning: the picture is
+        drawn as if cut out of one of that size. refiner: a Pipeline that takes the last 1 - handover of the schedule.
+        """
+        size, sampler, grid = self.plan(steps, n, size, sampler, image, strength, mask)
+        text, factor, objective = self.encode(prompt, negative), self.vae.config.factor, self.schedule.objective
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]  # on the CPU: equal on every device
+        shape = (self.unet.config.in_channels, size[1] // factor, size[0] // factor)
+
+        def noise(step=None):
+            return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
+
+        if image is None:
+            known, start = None, noise()
+        else:
+            known, start = self.encode_picture(cover(image, size), noise), noise()
+        pure = image is None or (mask and strength == 1)
+        x = grid.start * start if pure else objective.mix(known, start, grid.sigmas[0])
+        stages = [(self, grid, text)]
+        if refiner:
+            last = refiner.schedule.grid(steps, sampler)
+            stages = [(self, grid.part(end=handover), text),
+                      (refiner, last.part(start=handover), refiner.encode(prompt, negative))]
+        for pipeline, _, _ in stages:
+            pipeline.free(*TOKENIZERS)
+        for pipeline, grid, text in stages:
+            sizes = original_size or size, crop, target_size or size
+            predict = pipeline.predictor(*text, sizes, n, guidance, rescale)
+            denoise = pipeline.schedule.objective.denoiser(predict, grid)
+            drawing = SAMPLERS[sampler](denoise, x, grid.sigmas, noise)
+            if mask:
+                drawing = keep(drawing, objective.mix, known, start, latent_mask(mask, size, factor).to(x), grid.sigmas)
+            for i, (x, x0) in enumerate(drawing):
+                yield objective.scaled(x, grid.sigmas[i + 1]), x0
+            if refiner:
+                pipeline.free("unet")
+
+    def plan(self, steps=30, n=1, size=None, sampler=None, image=None, strength=0.75, mask=None):
+        """(size, sampler, Grid) of a drawing; InputError, naming sample.py's flag, for what cannot be drawn."""
+        if sampler is not None and sampler not in SAMPLERS:
+            raise InputError(f"--sampler {sampler}: unknown; choose one of {', '.join(SAMPLERS)}")
+        if n < 1:
+            raise InputError(f"--n {n}: choose 1 or more pictures")
+        if mask and not image:
+            raise InputError("--mask: needs --image, the picture to keep where the mask is black")
+        if mask and mask.size != image.size:
+            raise InputError("--mask has {}x{} pixels and --image {}x{}; make both the same size".format(
+                *mask.size, *image.size))
+        if size is None:
+            size = tuple(side // 8 * 8 for side in image.size) if image else self.size
+        if any(side < 8 or side % 8 for side in size):
+            raise InputError(f"--size {'x'.join(map(str, size))}: width and height must be multiples of 8, at least 8")
+        grid = self.schedule.grid(steps, sampler)
+        return size, sampler or self.schedule.sampler, grid.strength(strength) if image else grid
+
+    def predictor(self, cond, uncond, sizes, n, guidance, rescale=0.0):
+        """The network with text and guidance inside: a function predict(x, t).
+
+        cond, uncond: Conditionings of a row a prompt, drawn n times each; sizes: (original, crop, target). Guidance
+        runs both in one batch.
+        """
+        self.fetch("unet")
+        guided, like = guidance > 1, next(self.unet.parameters())
+        rows = [uncond, cond] if guided else [cond]
+        context, pooled = (None if x[0] is None else torch.cat(x).to(like).repeat_interleave(n, dim=0)
+                           for x in list(zip(*rows))[:2])
+        count = n * len(cond.context)
+        ids = self.size_rows(*sizes)[-len(rows):].to(like.device).repeat_interleave(count, dim=0) if self.sdxl else None
+
+        def predict(x, t):
+            prediction = self.unet(torch.cat([x] * len(rows)).to(like.dtype), t, context, pooled, ids).to(x.dtype)
+            if not guided:
+                return prediction
+            without, with_text = prediction.chunk(2)
+            prediction = combine(without, [(guidance, with_text)])
+            return rescale_to(prediction, with_text, rescale) if rescale else prediction
+
+        return predict
+
+    def size_rows(self, original, crop, target):
+        """Size ids of the unwanted and the wanted picture [2,6]; the refiner's [2,5] end in the aesthetic score."""
+        config = self.unet.config
+        count = config.projection_class_embeddings_input_dim - self.text_encoder_2.config.projection_dim
+        scores = AESTHETIC[::-1] if count == 5 * config.addition_time_embed_dim else (target, target)
+        return torch.stack([size_ids(original, crop, score) for score in scores])
+
+    def encode_picture(self, picture, noise):
+        """A PIL picture -> scaled latents, one draw of the VAE's distribution for each row of noise()."""
+        self.fetch("vae")
+        like = next(self.vae.parameters())
+        mean, logvar = self.vae.encode(to_tensor(picture)[None].to(like))
+        return self.vae.scale(mean.float() + (0.5 * logvar.float()).exp() * noise().to(like.device)).to(self.device)
+
+    @torch.no_grad()
+    def decode(self, x):
+        """Scaled latents [n,4,h,w] -> n PIL pictures."""
+        self.fetch("vae")
+        like = next(self.vae.parameters())
+        count = self.at_once((x.shape[3] * self.vae.config.factor, x.shape[2] * self.vae.config.factor))
+        images = torch.cat([self.vae.decode(part) for part in self.vae.unscale(x).to(like).split(count)])
+        if not images.isfinite().all():
+            raise InputError(f"the picture came out as NaN or infinity in {str(like.dtype).removeprefix('torch.')}; "
+                             "use --dtype bf16 or fp32")
+        return to_pictures(images)
+
+    def at_once(self, size):
+        """How many pictures of this size to draw or decode together, so that memory does not grow with their number."""
+        return max(1, AT_ONCE // (size[0] * size[1]))
+
+    @property
+    def device(self):
+        """Where drawing happens: the UNet's device, also while it is on disk."""
+        return torch.device(self.lazy["unet"][2]) if self.lazy else next(self.unet.parameters()).device
+
+
+def open_tokenizer(path, name, vocab_size):
+    """The tokenizer `name` of a model folder, or of the folder that a single file lies in."""
+    folder = (path if path.is_dir() else path.parent) / name
+    if not folder.is_dir():
+        remedy = "fetch the model again" if path.is_dir() else "put the model's official one beside the file"
+        raise InputError(f"{folder}: no such folder, and a model needs its tokenizer; {remedy}")
+    tokenizer = Tokenizer(folder)
+    if tokenizer.size != vocab_size:
+        raise InputError(f"{folder}: has {tokenizer.size} tokens, its text encoder {vocab_size}; use the model's own")
+    return tokenizer
+
+
+def latent_mask(mask, size, factor):
+    """A PIL mask -> [1,1,h,w]: 1 where to draw. The nearest pixel decides for each latent pixel."""
+    drawn = (to_tensor(cover(mask.convert("L"), size)) >= 0).float()[None]
+    return nn.functional.interpolate(drawn, size=(size[1] // factor, size[0] // factor))
