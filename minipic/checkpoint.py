@@ -5,7 +5,6 @@ It is written under a temporary name and renamed when it is complete and on the 
 The files are the same for any number of processes, sharded or not.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from minipic.common import InputError
+from minipic.weights import flush, sha256
 
 # Settings that a resumed run may change: they decide how long, where and on what, not what is trained.
 FREE = ("steps", "out", "save", "resume", "accumulate", "checkpointing", "fsdp", "save_every", "keep", "sample_every",
@@ -73,23 +73,6 @@ def load(folder, run, config):
         for name, target in targets.items():
             fill(target, values[name])
     return step_of(folder)
-
-
-def flush(path):
-    """Ask the system to put a file or a folder's names on the disk itself, against power loss."""
-    if os.name != "nt":  # Windows cannot open a folder for this
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def sha256(path):
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write(folder, step, state, config):

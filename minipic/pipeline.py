@@ -51,7 +51,7 @@ class Pipeline(nn.Module):
         """
         dtype, path = dtype or torch.float32, Path(path)
         source = open_model(path, half=dtype != torch.float32, check_hashes=check_hashes)
-        parts = source.parts | ({"vae": open_vae(vae)} if vae else {})
+        parts = source.parts | ({"vae": open_vae(vae, source.parts["vae"].config)} if vae else {})
         if parts["vae"].config.latent_channels != parts["unet"].config.in_channels:
             raise InputError(f"--vae {vae}: makes {parts['vae'].config.latent_channels} channels, the UNet of {path} "
                              f"takes {parts['unet'].config.in_channels}")

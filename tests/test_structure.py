@@ -14,8 +14,8 @@ import readme  # noqa: E402
 
 FLOORS = [  # a room imports only from floors below its own, and from itself
     ["common"],
-    ["layers", "diffusion", "image", "keys", "weights", "checkpoint"],
-    ["models", "world", "text"],
+    ["layers", "diffusion", "image", "keys", "weights"],
+    ["models", "world", "text", "checkpoint"],
     ["layouts"],
     ["pipeline", "training", "data"],
     ["methods"],

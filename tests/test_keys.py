@@ -1,0 +1,180 @@
+"""Names of tensors: the maps at full size against published tables, and on values against diffusers and open_clip."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from single_files import ldm_vae, networks, old_vae, openclip, sgm_unet, single_file, tiny
+
+from minipic import keys, layouts
+from minipic.models.clip import CLIPText, CLIPTextConfig
+from minipic.models.unet import UNetConfig
+from minipic.models.vae import VAEConfig
+
+FACTS = Path(__file__).parents[2] / "shared" / "facts"
+FAMILIES = list(layouts.SINGLE_FILES)
+
+
+def facts(name):
+    path = FACTS / f"{name}.json"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    return json.loads(path.read_text())
+
+
+def full_size(family):
+    return {name: layouts.blank(part.model, part.config)
+            for name, part in layouts.SINGLE_FILES[family][0].items()}
+
+
+def converted(part, tensors):
+    """What a part makes of a file's {name: tensor}."""
+    out = {}
+    for name, x in tensors.items():
+        short = name.removeprefix(part.prefix)
+        if name.startswith(part.prefix) and not keys.IGNORED.fullmatch(short):
+            for key, value in part.convert(short, x):
+                assert key not in out
+                out[key] = value
+    return out
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def digest(tensors):
+    """Of all names and shapes: the first 16 hexadecimal digits of the sha256 of their sorted lines."""
+    lines = sorted(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def test_sdxl_names_and_shapes_at_full_size():
+    """The official files' digests, in the diffusers and in the single-file layout."""
+    models, parts = full_size("sdxl"), layouts.SINGLE_FILES["sdxl"][0]
+    whole = single_file("sdxl", models)
+    ours = {name: digest(model.state_dict()) for name, model in models.items()}
+    assert ours == {"unet": "9556a38d644b6b53", "vae": "600696bc94ffc80f", "text_encoder": "9602ce291879ca7b",
+                    "text_encoder_2": "cda6f69951a9c223"}
+    assert digest(sgm_unet(models["unet"].state_dict(), models["unet"].config)) == "d8427731b1d2b4b6"
+    assert digest(ldm_vae(models["vae"].state_dict())) == "50f3b11a29b71571"
+    assert digest(openclip(models["text_encoder_2"].state_dict())) == "a3f85b75a0fa03a1"
+    assert len(whole) == 2515 and digest(whole) == "0a867b1ad801abb9"
+    assert {name: digest(converted(part, whole)) for name, part in parts.items()} == ours
+    assert [len(model.state_dict()) for model in models.values()] == [1680, 248, 196, 517]
+
+
+@pytest.mark.parametrize("family, tensors, weights", [
+    ("sdxl", 1680, 2_567_463_684), ("refiner", 1220, 2_259_526_660), ("sd15", 686, 859_520_964)])
+def test_unet_at_full_size(family, tensors, weights):
+    models, parts = full_size(family), layouts.SINGLE_FILES[family][0]
+    state = models["unet"].state_dict()
+    assert len(state) == tensors and sum(x.numel() for x in state.values()) == weights
+    whole = single_file(family, models)
+    assert keys.identify({name: tuple(x.shape) for name, x in whole.items()}) == family
+    assert {name: digest(converted(part, whole)) for name, part in parts.items()} == {
+        name: digest(model.state_dict()) for name, model in models.items()}
+
+
+def test_unet_names_equal_the_published_map():
+    for old, new in facts("ldm_unet_map").items():
+        assert keys.unet_name(old.removeprefix("model.diffusion_model.")) == new
+
+
+def test_single_file_tables_give_the_diffusers_tables():
+    whole = {name: torch.empty(shape, device="meta") for name, shape in facts("singlefile_base_keys").items()}
+    tables = facts("diffusers_keys")
+    for name, part in layouts.SINGLE_FILES["sdxl"][0].items():
+        table = tables[name.replace("text_encoder", "te").replace("_2", "2")]
+        assert {key: list(x.shape) for key, x in converted(part, whole).items()} == table
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_survive_the_single_file(family):
+    parts = tiny(family)[0]
+    models = networks(parts)
+    whole = single_file(family, models)
+    for name, part in parts.items():
+        assert equal(converted(part, whole), models[name].state_dict())
+
+
+def test_every_spelling_of_a_vae():
+    state = networks(tiny("sdxl")[0])["vae"].state_dict()
+    part = layouts.Part(None, None, convert=keys.vae)
+    for spelling in (state, ldm_vae(state), old_vae(state)):
+        assert equal(converted(part, spelling), state)
+    assert "encoder.mid_block.attentions.0.query.weight" in old_vae(state)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_diffusers_converts_alike(family):
+    peer = pytest.importorskip("diffusers.loaders.single_file_utils")
+    parts = tiny(family)[0]
+    models = networks(parts)
+    whole = single_file(family, models)
+    config = models["unet"].config.to_json() | {"class_embed_type": None}
+    assert equal(peer.convert_ldm_unet_checkpoint(dict(whole), config), converted(parts["unet"], whole))
+    theirs = peer.convert_ldm_vae_checkpoint(dict(whole), models["vae"].config.to_json())
+    assert equal(theirs, converted(parts["vae"], whole))
+    if "text_encoder_2" in parts:
+        config = type("Model", (), {"config": models["text_encoder_2"].config})
+        theirs = peer.convert_open_clip_checkpoint(config, dict(whole), parts["text_encoder_2"].prefix)
+        assert equal(theirs, converted(parts["text_encoder_2"], whole))
+
+
+def test_openclip_pools_as_its_own_tower():
+    """The projection is square, so only values tell which way round it is."""
+    golden = load_file(Path(__file__).parent / "goldens" / "openclip.safetensors")
+    ids, pooled = golden.pop("golden.ids"), golden.pop("golden.pooled")
+    config = CLIPTextConfig(32, 12, 16, 64, 2, 2, "gelu", 16, True)
+    part = layouts.Part(CLIPText, config, convert=keys.openclip)
+    model = layouts.load_model(layouts.blank(CLIPText, config), converted(part, golden), "golden")
+    torch.testing.assert_close(model(ids)[1], pooled, rtol=1e-5, atol=1e-6)
+    model.text_projection.weight.data = model.text_projection.weight.data.T
+    assert (model(ids)[1] - pooled).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["text_model.encoder.layers.0.mlp.fc1.weight", "text_model.final_layer_norm.bias",
+                                  "text_projection.weight"])
+def test_clip_with_and_without_its_prefix(name):
+    x = torch.zeros(1)
+    assert keys.clip(name, x) == [(name, x)] == keys.clip(name.removeprefix("text_model."), x)
+
+
+@pytest.mark.parametrize("name, ignored", [
+    ("text_model.embeddings.position_ids", True), ("logit_scale", True), ("denoiser.sigmas", True),
+    ("model_ema.diffusion_modelinput_blocks00weight", True), ("betas", True), ("position_ids.weight", False),
+    ("decoder.betas", False), ("text_projection", False)])
+def test_what_is_ignored(name, ignored):
+    assert bool(keys.IGNORED.fullmatch(name)) == ignored
+
+
+def unet_file(channels=4, width=2048):
+    return {"model.diffusion_model.input_blocks.0.0.weight": (320, channels, 3, 3),
+            "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (640, width)}
+
+
+@pytest.mark.parametrize("shapes, what", [
+    (unet_file(), "sdxl"), (unet_file(width=1280), "refiner"), (unet_file(width=768), "sd15"),
+    (unet_file(width=1024), "a Stable Diffusion 2 model"), (unet_file(channels=9), "9 input channels"),
+    (unet_file() | {"edm_mean": (1, 4, 1, 1)}, "a Playground 2.5 model"),
+    ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (4, 640)}, "a LoRA"),
+    ({"unet.down_blocks.1.attentions.0.proj_in.lora_A.weight": (4, 640)}, "a LoRA"),
+    ({"unet.mid_block.attentions.0.proj_in.lora.down.weight": (4, 640)}, "a LoRA"),
+    ({"text_encoder.encoder.layers.0.self_attn.k_proj.lora_linear_layer.down.weight": (4, 768)}, "a LoRA"),
+    ({"unet.mid_block.attentions.0.attn1.processor.to_q_lora.down.weight": (4, 640)}, "a LoRA"),
+    ({"lora_unet_mid_block.hada_w1_a": (4, 4)}, "a LoRA"),
+    ({"control_model.input_hint_block.0.weight": (16, 3, 3, 3)}, "a ControlNet"),
+    ({"controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3), "conv_in.weight": (320, 4, 3, 3)}, "a ControlNet"),
+    ({"clip_l": (2, 768), "clip_g": (2, 1280)}, "a textual inversion"), ({"<cat>": (1, 768)}, "a textual inversion"),
+    ({"model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight": (8, 8)}, "a Stable Diffusion 3 model"),
+    ({"double_blocks.0.img_attn.norm.key_norm.scale": (128,)}, "a Flux model"),
+    ({"first_stage_model.encoder.conv_in.weight": (1,), "first_stage_model.decoder.conv_in.weight": (1,)}, "vae"),
+    ({"conv_in.weight": (320, 4, 3, 3)}, "a UNet alone"),
+    ({"text_model.embeddings.token_embedding.weight": (49408, 768), "x": (1,), "y": (1,)}, "a text encoder alone"),
+    ({"layer.0.weight": (3, 3, 3)}, "no known model (its first tensor is 'layer.0.weight')"), ({}, "no known model")])
+def test_what_a_file_is(shapes, what):
+    assert what in keys.identify(shapes)
