@@ -73,7 +73,7 @@ def draw(pictures, progress=None, chunk=64):
         for start in range(0, len(members), chunk):
             part = members[start:start + chunk]
             scenes = [scene for i in part for scene in pictures[i].scenes]
-            rows = iter(render(scenes, drawn).rgb)
+            rows = iter(render(scenes, drawn, truth=False).rgb)
             for i in part:
                 images[i] = finish(pictures[i], torch.cat([next(rows) for _ in pictures[i].scenes], dim=2))
             bar.update(len(part))

@@ -25,11 +25,11 @@ SPREAD = 0.9      # of a centre's heat, in cells: about half is left in the next
 class Recipe(Base):
     """Train the judge that reads colours, shapes, sizes, patterns and places from pictures."""
 
-    steps: int = option(3000, "optimizer steps in all")
+    steps: int = option(2000, "optimizer steps in all")
     batch: int = option(64, "pictures a step")
     lr: float = option(3e-3, "peak learning rate")
     precision: str = option("bf16", "arithmetic of the forward pass; weights stay as they are", ("fp32", "bf16"))
-    pool: int = option(24000, "different scenes to render; each comes again with other blur, noise and tint")
+    pool: int = option(16000, "different scenes to render; each comes again with other blur, noise and tint")
 
 
 def build(config):
@@ -53,7 +53,8 @@ def data(judge, config):
             kept.update(zip(new, zip(pictures, map(truth, scenes))))
         images = torch.stack([kept[n][0] for n in numbers]).float() / 127.5 - 1
         images = weather(images, [random(config.seed, "weather", index) for index in indices])
-        return {"image": images, **{key: torch.stack([kept[n][1][key] for n in numbers]) for key in kept[numbers[0]][1]}}
+        truths = [kept[n][1] for n in numbers]
+        return {"image": images, **{key: torch.stack([t[key] for t in truths]) for key in truths[0]}}
     return batch
 
 

@@ -16,7 +16,8 @@ from minipic.layers.attention import attention
 # config.json of transformers carries many keys that say nothing about the numbers.
 SILENT = ("architectures", "bos_token_id", "pad_token_id", "eos_token_id", "model_type", "transformers_version",
           "torch_dtype", "dtype", "initializer_factor", "initializer_range", "output_hidden_states",
-          "output_attentions", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type")
+          "output_attentions", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id",
+          "problem_type")
 FIXED = {"attention_dropout": (0.0,), "dropout": (0.0,), "layer_norm_eps": (1e-5,), "num_channels": (3,),
          **dict.fromkeys(SILENT, ...)}
 

@@ -64,4 +64,5 @@ def plucker(extrinsic, intrinsic, size):
     """Pluecker coordinates of every pixel's ray [B,6,H,W]: moment (centre x direction), unit direction."""
     toward = directions(extrinsic, intrinsic, size)
     toward = toward / toward.norm(dim=1, keepdim=True)
-    return torch.cat([torch.linalg.cross(eyes(extrinsic)[:, :, None, None].expand_as(toward), toward, dim=1), toward], 1)
+    centre = eyes(extrinsic)[:, :, None, None].expand_as(toward)
+    return torch.cat([torch.linalg.cross(centre, toward, dim=1), toward], 1)

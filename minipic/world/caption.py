@@ -136,16 +136,18 @@ def _meanings(table):
 
 _NOUN, _SIZE, _RELATION, _SKY = map(_meanings, (NOUNS, SIZE_WORDS, RELATIONS, SKY_WORDS))
 _PLACE = {words: place for place, words in PLACE_WORDS.items()}
-_THING = re.compile(r"\ban? (?:({size}) )?(?:({color}) )?(?:and ({color}) )?(?:({pattern}) )?({noun})\b(?: ({place})\b)?"
-                    .format(size="|".join(_SIZE), color="|".join(COLORS), pattern="|".join(list(PATTERNS)[1:]),
-                            noun="|".join(_NOUN), place="|".join(_PLACE)))
+_THING = re.compile(r"\ban? (?:({size}) )?(?:({color}) )?(?:and ({color}) )?(?:({pattern}) )?({noun})\b"
+                    r"(?: ({place})\b)?".format(size="|".join(_SIZE), color="|".join(COLORS),
+                                                pattern="|".join(list(PATTERNS)[1:]), noun="|".join(_NOUN),
+                                                place="|".join(_PLACE)))
 _SETTING = re.compile(r"(?: ?,? ?on a ({}) floor)?(?: ?,? ?({}))?".format("|".join(FLOORS), "|".join(_SKY)))
 
 
 def _thing(match):
     size, color, color2, pattern, noun, place = match.groups()
     color, color2 = sorted((color, color2), key=lambda c: [*COLORS, None].index(c))
-    return Thing(color, color2, _NOUN[noun], _SIZE.get(size), pattern or ("plain" if color else None), _PLACE.get(place))
+    pattern = pattern or ("plain" if color else None)
+    return Thing(color, color2, _NOUN[noun], _SIZE.get(size), pattern, _PLACE.get(place))
 
 
 def parse(text):
@@ -169,8 +171,8 @@ def parse(text):
     return Description(things, relations, setting[1], _SKY.get(setting[2]))
 
 
-WORDS = tuple(sorted(set(" ".join(["a an and between , floor on", *OPENINGS, *COLORS, *FLOORS, *list(PATTERNS)[1:], *_NOUN,
-                                   *_SIZE, *_RELATION, *_SKY, *_PLACE]).split())))
+WORDS = tuple(sorted(set(" ".join(["a an and between , floor on", *OPENINGS, *COLORS, *FLOORS, *list(PATTERNS)[1:],
+                                   *_NOUN, *_SIZE, *_RELATION, *_SKY, *_PLACE]).split())))
 
 
 def compare(asked, seen):

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import torch
 
-from .camera import direction
-from .caption import Thing, describe, noun_phrase, place_of
-from .scene import COLORS, PLACES, SHAPES, SIZES, centres, clear, layout
+from minipic.world.camera import direction
+from minipic.world.caption import Thing, describe, noun_phrase, place_of
+from minipic.world.scene import COLORS, PLACES, SHAPES, SIZES, centres, clear, layout
 
 
 def pick(options, g):

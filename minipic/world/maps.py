@@ -3,7 +3,7 @@ ones."""
 
 import torch
 
-from .scene import COLORS, visible_boxes
+from minipic.world.scene import COLORS, visible_boxes
 
 NEAR = 3.5          # no surface is nearer to the camera, in world units
 CREASE = 0.7        # cosine between the normals of neighbouring pixels, below which there is an edge

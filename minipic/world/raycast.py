@@ -27,7 +27,7 @@ class Bodies:
 @dataclass
 class Surface:
     """What R rays meet: `depth` [R] (inf: sky), `body` [R] (row of Bodies, -1: floor or sky), and in the world `point`
-    and `normal` [3,R]; `local` [3,R] is the point in the solid's own frame; `lit` [R] the light that arrives, 0 to 1."""
+    and `normal` [3,R]; `local` [3,R] is the point in the solid's own frame; `lit` [R] the light, 0 to 1."""
     depth: torch.Tensor
     body: torch.Tensor
     point: torch.Tensor

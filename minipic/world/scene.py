@@ -142,7 +142,8 @@ def _draw(pick, between, camera, held_out):
     # small solids are plain: a pattern of one or two pixels could not be told from another
     pattern, color2 = pick(("plain", "plain", "striped", "checkered")) if size != "small" else "plain", None
     if pattern != "plain":
-        color, color2 = sorted((color, pick([c for c in COLORS if c != color and {c, color} not in ALIKE])), key=list(COLORS).index)
+        color2 = pick([c for c in COLORS if c != color and {c, color} not in ALIKE])
+        color, color2 = sorted((color, color2), key=list(COLORS).index)
     # the turn is seen from the camera: a torus shows its hole, a cube two faces
     return Object(shape, color, size, pattern, color2, turn=camera.azimuth + between(-35, 35))
 

@@ -74,8 +74,8 @@ def cylinder(ox, oy, oz, dx, dy, dz):
     cap = (-dy.sign() * half - oy) / _divisor(dy)
     on_cap = (ox + cap * dx) ** 2 + (oz + cap * dz) ** 2 <= radius**2
     t, which = _first([_valid(side, (inside > 0) & ((oy + side * dy).abs() <= half)), _valid(cap, on_cap)])
-    on_side = which == 0
-    return t, ((ox + t * dx) / radius * on_side, torch.where(on_side, 0.0, -dy.sign()), (oz + t * dz) / radius * on_side)
+    on_side, inverse = which == 0, (which == 0) / radius
+    return t, ((ox + t * dx) * inverse, torch.where(on_side, 0.0, -dy.sign()), (oz + t * dz) * inverse)
 
 
 def cone(ox, oy, oz, dx, dy, dz):

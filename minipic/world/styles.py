@@ -7,8 +7,8 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 
-from .maps import borders
-from .scene import COLORS, SKIES, Object, albedo, shade, sky
+from minipic.world.maps import borders
+from minipic.world.scene import COLORS, SKIES, Object, albedo, shade, sky
 
 # ---- ornaments: patterns that captions have no words for --------------------------------------------------------
 

@@ -13,13 +13,13 @@ from itertools import combinations, count, product
 import torch
 import torch.nn.functional as F
 
-from ..common import random
-from . import maps
-from .camera import direction, plucker
-from .caption import SKY_WORDS, Description, Thing, caption, describe, say
-from .edits import EDITS, edited, name_of, nameable, pick, put, valid
-from .scene import ALIKE, COLORS, HELD_OUT, SHAPES, Object, is_held_out, render, sample_scene
-from .styles import ORNAMENTS, Ornamented, ornate
+from minipic.common import random
+from minipic.world import maps
+from minipic.world.camera import direction, plucker
+from minipic.world.caption import SKY_WORDS, Description, Thing, caption, describe, say
+from minipic.world.edits import EDITS, edited, name_of, nameable, pick, put, valid
+from minipic.world.scene import ALIKE, COLORS, HELD_OUT, SHAPES, Object, is_held_out, render, sample_scene
+from minipic.world.styles import ORNAMENTS, Ornamented, ornate
 
 
 @dataclass

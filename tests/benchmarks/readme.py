@@ -63,12 +63,11 @@ def quality_table(quality):
     sweeps = [(f"{name} {value}", row) for name in ("guidance", "steps") for value, row in found[name].items()]
     yield from ["", "| setting | whole caption | Fréchet distance |", "|---|---|---|"]
     yield from (f"| {name} | {row['whole']:.3f} | {row['frechet']:.2f} |" for name, row in sweeps)
-    distance = found["frechet"]
-    yield from ["", f"Fréchet distance of judge features, two objects: drawn to rendered {distance['drawn to rendered']:.2f}, "
-                f"rendered to other rendered {distance['rendered to rendered']:.2f}. "
-                f"VAE: {found['vae psnr']:.1f} dB PSNR on renders it never saw.", "",
-                f"`{quality['command']}`, {quality['pictures']} pictures a cell, mean over {quality['seeds']} seeds and "
-                f"the largest difference between two; {quality['date']}, {quality['cpu']}, torch {quality['torch']}.", ""]
+    drawn, floor = found["frechet"].values()
+    yield from ["", f"Fréchet distance of judge features, two objects: drawn to rendered {drawn:.2f}, "
+                f"rendered to other rendered {floor:.2f}. VAE: {found['vae psnr']:.1f} dB PSNR on renders it never saw.", "",
+                f"`{quality['command']}`, {quality['pictures']} pictures a cell, {quality['seeds']} seed(s), "
+                f"mean and spread; {quality['date']}, {quality['cpu']}, torch {quality['torch']}.", ""]
 
 
 def cell(values):

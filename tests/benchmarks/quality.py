@@ -1,0 +1,124 @@
+"""How well a model of the world draws what a caption asks for, read by the judge; beside the judge's own errors.
+
+    python tests/benchmarks/quality.py [--model weights/tiny] [--pictures 512] [--seeds 3]
+
+Captions come from scenes that were never trained on. "unseen" ones contain a colour and shape pair (HELD_OUT) that
+occurs in no training picture. Prints a table and writes quality.json beside this file.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from record import record  # noqa: E402
+
+from minipic.common import random  # noqa: E402
+from minipic.diffusion.samplers import SAMPLERS  # noqa: E402
+from minipic.pipeline import Pipeline  # noqa: E402
+from minipic.text import Conditioning, encode  # noqa: E402
+from minipic.world import metrics, probe  # noqa: E402
+from minipic.world.caption import Description, ask, describe, say  # noqa: E402
+from minipic.world.scene import render, sample_scene  # noqa: E402
+
+WORLD = 10**9  # the seed of the captions' scenes; training uses seeds near 0
+SETS = {"one object": (1, "any"), "one object, unseen": (1, "only"),
+        "two objects": (2, "any"), "two objects, unseen": (2, "only")}
+
+
+def requests(objects, held_out, count):
+    """`count` scenes and what is asked of each: everything about a single object; any part of what two allow."""
+    scenes = [sample_scene(WORLD, i, objects, held_out) for i in range(count)]
+    asked = [Description(describe(scene).things) if objects == 1 else ask(scene, random(WORLD, "ask", i))
+             for i, scene in enumerate(scenes)]
+    return scenes, asked, [say(a, random(WORLD, "say", i)) for i, a in enumerate(asked)]
+
+
+@torch.no_grad()
+def draw(pipeline, prompts, seed, steps=30, guidance=5.0, batch=64):
+    """One picture for each prompt -> [B,3,64,64]; picture i has seed + i, as `generate` would draw it."""
+    images, device = [], pipeline.device
+    sizes = (pipeline.size, (0, 0), pipeline.size)
+    shape = (4, *(side // pipeline.vae.config.factor for side in pipeline.size[::-1]))
+    for start in tqdm(range(0, len(prompts), batch), "drawing", leave=False):
+        part = prompts[start:start + batch]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        cond = Conditioning(*encode(part, pipeline.towers))
+        uncond = Conditioning(*(torch.zeros_like(x) for x in cond[:2]))
+        grid = pipeline.schedule.grid(steps)
+        x = grid.start * torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+        predict = pipeline.predictor(cond, uncond, sizes, 1, guidance)
+        denoise = pipeline.schedule.objective.denoiser(predict, grid)
+        with torch.autocast(device.type, torch.bfloat16):
+            for x, _ in SAMPLERS["euler"](denoise, x, grid.sigmas):
+                pass
+            images.append(pipeline.vae.decode(pipeline.vae.unscale(x)).float().clamp(-1, 1))
+    return torch.cat(images)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="weights/tiny")
+    parser.add_argument("--pictures", type=int, default=512)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    pipeline, judge = Pipeline.load(options.model), probe.load_judge(f"{options.model}/judge")
+    count, results = options.pictures, {}
+
+    for name, (objects, held_out) in SETS.items():
+        scenes, asked, prompts = requests(objects, held_out, count)
+        truth = render(scenes, truth=False).rgb
+        results[f"renders, {name}"] = [probe.accuracy(asked, probe.read(judge, truth))]
+        rows = []
+        for seed in range(options.seeds):
+            images = draw(pipeline, prompts, 10**6 * seed)
+            rows.append(probe.accuracy(asked, probe.read(judge, images)))
+        results[name] = rows
+        if name == "two objects":
+            real = render([sample_scene(WORLD + 1, i, objects, held_out) for i in range(count)], truth=False).rgb
+            features = [probe.embed(judge, x) for x in (truth, real, images)]
+            results["frechet"] = {"drawn to rendered": probe.frechet(features[2], features[0]),
+                                  "rendered to rendered": probe.frechet(features[1], features[0])}
+            results["vae psnr"] = reconstruct(pipeline, truth)
+            results["guidance"] = {g: sweep(judge, pipeline, asked, prompts, features[0], guidance=g)
+                                   for g in (1.0, 2.0, 3.0, 5.0, 7.5, 10.0)}
+            results["steps"] = {s: sweep(judge, pipeline, asked, prompts, features[0], steps=s)
+                                for s in (5, 10, 20, 30, 50)}
+    show(results)
+    print(record("quality", results, model=options.model, pictures=count, seeds=options.seeds))
+
+
+@torch.no_grad()
+def reconstruct(pipeline, images):
+    return metrics.psnr(torch.cat([pipeline.vae.decode(pipeline.vae.encode(x)[0]) for x in images.split(64)]), images)
+
+
+def sweep(judge, pipeline, asked, prompts, rendered, **settings):
+    """Whole-caption accuracy and Frechet distance of half as many pictures drawn with other settings."""
+    half = len(prompts) // 2
+    images = draw(pipeline, prompts[:half], 7 * 10**6, **settings)
+    return {"whole": probe.accuracy(asked[:half], probe.read(judge, images))["whole"],
+            "frechet": probe.frechet(probe.embed(judge, images), rendered)}
+
+
+def show(results):
+    for name, rows in results.items():
+        if not isinstance(rows, list):
+            print(f"{name:30} {rows}")
+            continue
+        cells = []
+        for fact in rows[0]:
+            values = [row[fact] for row in rows]
+            if values[0] == values[0]:  # nan: nothing was asked
+                spread = f"±{max(values) - min(values):.3f}" if len(values) > 1 else ""
+                cells.append(f"{fact} {statistics.mean(values):.3f}{spread}")
+        print(f"{name:30} " + "  ".join(cells))
+
+
+if __name__ == "__main__":
+    main()

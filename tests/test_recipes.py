@@ -1,0 +1,120 @@
+"""The base recipes: what they feed, what they minimise, and from nothing to a pipeline folder in a few steps each."""
+
+import math
+
+import pytest
+import torch
+
+import train
+from minipic.common import random
+from minipic.data import KINDS, caption_of, compose, draw
+from minipic.methods import clip, t2i, vae
+from minipic.pipeline import Pipeline
+from minipic.world.caption import parse
+from minipic.world.scene import render
+
+PICTURES = [compose(3, i) for i in range(400)]
+
+
+def first(kind):
+    return next(picture for picture in PICTURES if picture.kind == kind)
+
+
+def test_kinds_come_in_their_shares():
+    for kind, (share, size) in KINDS.items():
+        members = [picture for picture in PICTURES if picture.kind == kind]
+        assert abs(len(members) / len(PICTURES) - share) < 3 * math.sqrt(share / len(PICTURES))
+        assert {picture.size for picture in members} == {size}
+    assert compose(3, 7) == PICTURES[7] != compose(4, 7)
+
+
+def test_pictures_are_what_their_size_ids_say():
+    plain, crop, panels = draw([first("plain"), first("crop"), first("panels")])
+    assert torch.equal(plain, render(first("plain").scenes[0]).rgb[0])
+    assert first("plain").size_ids.tolist() == [64, 64, 0, 0, 64, 64]
+    top, left = first("crop").crop
+    assert first("crop").size_ids.tolist() == [80, 80, top, left, 64, 64]
+    assert torch.equal(crop, render(first("crop").scenes[0], (80, 80)).rgb[0][:, top:top + 64, left:left + 64])
+    assert panels.shape == (3, 64, 128) and first("panels").size_ids.tolist() == [64, 128, 0, 0, 64, 128]
+    assert torch.equal(panels[:, :, :64], render(first("panels").scenes[0]).rgb[0])
+    small = first("small")
+    assert small.size_ids.tolist() == [*small.drawn, 0, 0, 64, 64] and draw([small])[0].shape == (3, 64, 64)
+
+
+def test_captions_fit_and_parse():
+    for i, picture in enumerate(PICTURES):
+        text = caption_of(picture, random(0, i))
+        parts = text.removeprefix("two panels: ").split(" | ")
+        assert len(parts) == len(picture.scenes) and all(parse(part).things for part in parts)
+
+
+def test_vae_loss_is_its_formula_and_falls():
+    config = vae.Recipe(steps=30, precision="fp32")
+    torch.manual_seed(0)
+    model = vae.build(config)
+    batch = vae.data(model, config)(0, range(4))
+    x = batch["image"]
+    mean, logvar = model.encode(x)
+    noise = torch.stack([torch.randn(mean.shape[1:], generator=random(0, "posterior", i)) for i in range(4)])
+    out = model.decode(mean + (logvar / 2).exp() * noise)
+    edges = (out.diff(dim=2) - x.diff(dim=2)).abs().mean() + (out.diff(dim=3) - x.diff(dim=3)).abs().mean()
+    unit = torch.distributions.Normal(0.0, 1.0)
+    kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (logvar / 2).exp()), unit).mean()
+    expected = ((out - x) ** 2).mean() + 0.1 * edges + 1e-4 * kl
+    start, numbers = vae.loss(model, batch, config)
+    torch.testing.assert_close(start, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(numbers["kl"], kl, rtol=1e-5, atol=1e-6)
+    optimizer = torch.optim.AdamW(vae.setup(model, config), 1e-3)
+    for _ in range(30):
+        loss = vae.loss(model, batch, config)[0]
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    assert loss < 0.75 * start
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
+    torch.manual_seed(0)
+    return clip.build(clip.Recipe(out=str(tmp_path_factory.mktemp("clip")), vocabulary=600))
+
+
+def test_cut_captions_pool_as_whole_ones(towers):
+    captions = ["a red sphere", "a small blue cube left of a large green torus on a grey floor"]
+    cut = clip.tokens(towers, captions)
+    assert cut["ids"].shape[1] < 77
+    for name, encoder, tokenizer in zip(("ids", "ids_2"), (towers.text_encoder, towers.text_encoder_2),
+                                        towers.tokenizers):
+        torch.testing.assert_close(encoder(cut[name])[1], encoder(tokenizer(captions))[1], rtol=1e-5, atol=1e-5)
+
+
+def test_from_nothing_to_a_pipeline(tmp_path):
+    """The four commands of weights/README.md, a few steps each; the folder they make is a pipeline that draws."""
+    folder, small = str(tmp_path / "model"), ["--batch", "4", "--sample-every", "0", "--precision", "fp32"]
+
+    def run(recipe, *flags):
+        assert train.main([recipe, "--out", str(tmp_path / recipe), "--save", folder, *small, *flags]) == 0
+    run("clip", "--steps", "2", "--scenes", "16", "--vocabulary", "600")
+    run("vae", "--steps", "2")
+    run("t2i", "--steps", "2", "--scenes", "16", "--from-nothing", "--model", folder)
+    pipeline = Pipeline.load(folder)
+    first_picture, second = pipeline.generate("a red sphere", steps=2, n=2)
+    assert first_picture.size == (64, 64) and first_picture.tobytes() != second.tobytes()
+    assert pipeline.vae.config.scaling_factor != 0.13025
+    run("t2i", "--steps", "1", "--scenes", "16", "--model", folder)  # and on from there
+
+
+def test_t2i_loss_is_the_weighted_noise_error(tmp_path):
+    from tiny import build
+    pipeline = build()
+    config, batch = t2i.Recipe(min_snr=5.0), {
+        "x0": torch.randn(3, 4, 16, 16), "noise": torch.randn(3, 4, 16, 16), "t": torch.tensor([10, 500, 990]),
+        "size_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 3), "captions": ["a red cube", "", None]}
+    context, pooled = zip(*(pipeline.encode(text or "")[0][:2] for text in batch["captions"]))
+    context, pooled = torch.cat(context), torch.cat(pooled)
+    context[2], pooled[2] = 0, 0
+    abar = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)[batch["t"]]
+    a = abar.float()[:, None, None, None]
+    noised = a.sqrt() * batch["x0"] + (1 - a).sqrt() * batch["noise"]
+    error = (pipeline.unet(noised, batch["t"], context, pooled, batch["size_ids"]) - batch["noise"]) ** 2
+    snr = abar / (1 - abar)
+    expected = (error.mean((1, 2, 3)) * (snr.clamp(max=5) / snr)).mean()
+    torch.testing.assert_close(t2i.loss(pipeline, batch, config), expected.float(), rtol=1e-5, atol=1e-6)
