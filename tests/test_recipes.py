@@ -65,10 +65,10 @@ def test_vae_loss_is_its_formula_and_falls():
     torch.testing.assert_close(start, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(numbers["kl"], kl, rtol=1e-5, atol=1e-6)
     optimizer = torch.optim.AdamW(vae.setup(model, config), 1e-3)
-    for _ in range(30):
+    for _ in range(12):
         loss = vae.loss(model, batch, config)[0]
         optimizer.zero_grad(), loss.backward(), optimizer.step()
-    assert loss < 0.75 * start
+    assert loss < 0.9 * start
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +90,8 @@ def test_from_nothing_to_a_pipeline(tmp_path):
     """The four commands of weights/README.md, a few steps each; the folder they make is a pipeline that draws."""
     folder, small = str(tmp_path / "model"), ["--batch", "4", "--sample-every", "0", "--precision", "fp32"]
 
-    def run(recipe, *flags):
-        assert train.main([recipe, "--out", str(tmp_path / recipe), "--save", folder, *small, *flags]) == 0
+    def run(recipe, *flags, out=None):
+        assert train.main([recipe, "--out", str(tmp_path / (out or recipe)), "--save", folder, *small, *flags]) == 0
     run("clip", "--steps", "2", "--scenes", "16", "--vocabulary", "600")
     run("vae", "--steps", "2")
     run("t2i", "--steps", "2", "--scenes", "16", "--from-nothing", "--model", folder)
@@ -99,7 +99,7 @@ def test_from_nothing_to_a_pipeline(tmp_path):
     first_picture, second = pipeline.generate("a red sphere", steps=2, n=2)
     assert first_picture.size == (64, 64) and first_picture.tobytes() != second.tobytes()
     assert pipeline.vae.config.scaling_factor != 0.13025
-    run("t2i", "--steps", "1", "--scenes", "16", "--model", folder)  # and on from there
+    run("t2i", "--steps", "1", "--scenes", "16", "--model", folder, out="more")  # and on from there
 
 
 def test_t2i_loss_is_the_weighted_noise_error(tmp_path):

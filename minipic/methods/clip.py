@@ -61,7 +61,7 @@ def build(config):
     """New towers, and the vocabulary of the captions in `<out>/tokenizer` and `tokenizer_2`."""
     folder = Path(config.out)
     if not (folder / "tokenizer_2" / "vocab.json").exists():
-        captions = [caption_of(compose(config.seed, i), random(config.seed, "vocabulary", i)) for i in range(5000)]
+        captions = [caption_of(compose(config.seed, i), random(config.seed, "vocabulary", i)) for i in range(2000)]
         train_tokenizer(captions, folder / "tokenizer", config.vocabulary, END)
         train_tokenizer(captions, folder / "tokenizer_2", config.vocabulary, "!")
     towers = Towers(Tokenizer(folder / "tokenizer").size)

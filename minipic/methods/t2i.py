@@ -39,11 +39,13 @@ class Recipe(Base):
     model: str = option("weights/tiny", "pipeline folder or file; its VAE and text encoders stay as they are")
     from_nothing: bool = option(False, "start a new tiny UNet for the folder's VAE and text encoders")
     steps: int = option(12000, "optimizer steps in all")
-    lr: float = option(1e-3, "peak learning rate")
+    lr: float = option(8e-4, "peak learning rate")
     ema: float = option(0.9995, "decay of the weight average that is drawn from and exported; 0 turns it off")
     precision: str = option("bf16", "arithmetic of the forward pass; weights stay as they are", ("fp32", "bf16"))
     scenes: int = option(40000, "different pictures; their latents are kept in memory")
-    min_snr: float = option(5.0, "largest weight of a noise level, in signal-to-noise ratio; 0 weighs all alike")
+    prediction: str = option("v_prediction", "what a new UNet predicts: SDXL's epsilon says little in strong noise, "
+                             "where it is decided what stands where", ("epsilon", "v_prediction"))
+    min_snr: float = option(0.0, "largest weight of a noise level, in signal-to-noise ratio; 0 weighs all alike")
     drop: float = option(0.1, "share of captions left out, for guidance: half zeros, half the empty prompt")
 
 
@@ -57,7 +59,7 @@ def build(config):
     first, second = parts["text_encoder"].config, parts["text_encoder_2"].config
     unet = start_small(UNet(tiny(first.hidden_size + second.hidden_size, second.projection_dim)))
     return Pipeline(unet=unet, **parts, tokenizer=Tokenizer(folder / "tokenizer"),
-                    tokenizer_2=Tokenizer(folder / "tokenizer_2"), schedule=Schedule(),
+                    tokenizer_2=Tokenizer(folder / "tokenizer_2"), schedule=Schedule(prediction_type=config.prediction),
                     index={"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True})
 
 
