@@ -174,7 +174,7 @@ def draw(config):
         while len(pictures) < config.n:
             seed, n = config.seed + len(pictures), min(config.n - len(pictures), pipeline.at_once(size))
             steps = pipeline.steps(prompt, **given, seed=seed, n=n)
-            for x, x0 in tqdm(steps, prompt[:40], len(grid), disable=rank > 0, leave=False):
+            for x, x0 in tqdm(steps, prompt[:40], len(grid), disable=rank > 0, leave=False, mininterval=0):
                 if config.film and not pictures:
                     frames.append(x0[:1])
             for picture in pipeline.decode(x):

@@ -193,7 +193,7 @@ def test_every_setting_has_a_line_of_help():
 def test_as_a_program():
     command = [sys.executable, str(ROOT / "sample.py"), "red cube " * 40, "--model", str(tiny.folder()), "--device=cpu"]
     done = subprocess.run([*command, "--steps", "2", "--n", "1"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "pictures/picture.png\n") and "/2 [" in done.stderr
+    assert (done.returncode, done.stdout) == (0, "pictures/picture.png\n") and "2/2" in done.stderr
     cut = "sample.py: the prompt has 80 tokens and 75 fit; cut off: 'cube red cube red cube'\n"
     assert done.stderr.startswith(cut) and done.stderr.count("cut off") == 1  # once, not for each encoder
     wrong = subprocess.run([*command, "--steps", "-1"], capture_output=True, text=True)
