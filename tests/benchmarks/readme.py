@@ -48,8 +48,10 @@ def rewrite(text):
 def results(text):
     """README's text with the tables of this moment's measurements."""
     before, _, after = text.split(RESULTS)
-    quality = json.loads(Path(__file__).with_name("quality.json").read_text())
-    return RESULTS.join([before, "\n".join(quality_table(quality)), after])
+    quality, loading, world = (json.loads(Path(__file__).with_name(f"{name}.json").read_text())
+                               for name in ("quality", "loading", "world"))
+    lines = [*quality_table(quality), *loading_table(loading), *world_lines(world)]
+    return RESULTS.join([before, "\n".join(lines), after])
 
 
 def quality_table(quality):
@@ -67,7 +69,25 @@ def quality_table(quality):
     yield from ["", f"Fréchet distance of judge features, two objects: drawn to rendered {drawn:.2f}, "
                 f"rendered to other rendered {floor:.2f}. VAE: {found['vae psnr']:.1f} dB PSNR on renders it never saw.", "",
                 f"`{quality['command']}`, {quality['pictures']} pictures a cell, {quality['seeds']} seed(s), "
-                f"mean and spread; {quality['date']}, {quality['cpu']}, torch {quality['torch']}.", ""]
+                f"mean and spread; {quality['date']}, {quality['cpu']}, torch {quality['torch']}."]
+
+
+def loading_table(loading):
+    """Full-size SDXL from disk, beside the safetensors library."""
+    yield from ["", "| loading SDXL base, 6.94 GB in 16 bits | time over safetensors | memory beyond the weights |",
+                "|---|---|---|"]
+    for layout, cases in loading["results"].items():
+        for case in ("minipic", "minipic to bf16"):
+            row = cases[case]
+            yield f"| {layout}, {case} | {row['ratio']:.2f} | {row['beyond_weights'] / 1e9:.2f} GB |"
+    yield from ["", "Over safetensors: `load_file` and one copy, or one conversion, of each tensor. Random weights in the "
+                f"official layouts; `{loading['command']}`, {loading['date']}, {loading['machine']}."]
+
+
+def world_lines(world):
+    speed = world["results"]
+    yield from ["", f"The world samples and renders {speed['sample and render']:.0f} scenes of 64x64 a second on one core "
+                f"(`{world['command']}`, {world['date']}, {world['cpu']}).", ""]
 
 
 def cell(values):
