@@ -128,7 +128,7 @@ def choose(config, rank):
         return device, config.dtype
     if device.type == "cuda":
         return device, "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    files = Path(config.model).rglob("*.safetensors") if Path(config.model).is_dir() else [Path(config.model)]
+    files = Path(config.model).glob("*/*.safetensors") if Path(config.model).is_dir() else [Path(config.model)]
     large = sum(file.stat().st_size for file in files if file.exists()) > LARGE
     if device.type == "mps":
         return device, "fp16" if large else "fp32"
