@@ -201,10 +201,11 @@ class Pipeline(nn.Module):
         context, pooled = (None if x[0] is None else torch.cat(x).to(like).repeat_interleave(n, dim=0)
                            for x in list(zip(*rows))[:2])
         count = n * len(cond.context)
+        read = self.unet.read(context)
         ids = self.size_rows(*sizes)[-len(rows):].to(like.device).repeat_interleave(count, dim=0) if self.sdxl else None
 
         def predict(x, t):
-            prediction = self.unet(torch.cat([x] * len(rows)).to(like.dtype), t, context, pooled, ids).to(x.dtype)
+            prediction = self.unet(torch.cat([x] * len(rows)).to(like.dtype), t, read, pooled, ids).to(x.dtype)
             if not guided:
                 return prediction
             without, with_text = prediction.chunk(2)

@@ -74,7 +74,7 @@ def adamw(params, config):
     matrices = [p for p in params.values() if p.ndim > 1]
     others = [p for p in params.values() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, fused=True)
 
 
 class EMA:

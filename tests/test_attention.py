@@ -1,4 +1,4 @@
-"""attention(): both backends against the formula written out in float64."""
+"""attention(): the backends against the formula written out in float64."""
 
 import math
 
@@ -26,8 +26,8 @@ def qkv(n, m, dtype):
     return [peers.numbers((2, size, 3, 8), seed).to(dtype).requires_grad_() for seed, size in enumerate((n, m, m))]
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "math", None])
-@pytest.mark.parametrize("n, m, causal", [(7, 7, False), (7, 7, True), (5, 9, False), (9, 1, False)])
+@pytest.mark.parametrize("backend", ["sdpa", "math", "chunked", None])
+@pytest.mark.parametrize("n, m, causal", [(7, 7, False), (7, 7, True), (5, 9, False), (9, 1, False), (130, 130, True)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 def test_is_the_formula(backend, n, m, causal, dtype, tolerance):
     q, k, v = qkv(n, m, dtype)
@@ -40,12 +40,12 @@ def test_is_the_formula(backend, n, m, causal, dtype, tolerance):
 @pytest.mark.parametrize("causal", [False, True])
 def test_backends_have_the_same_gradients(causal):
     def gradients(backend):
-        given = qkv(7, 7, torch.float64)
+        given = qkv(131, 131, torch.float64)
         out = attention(*given, causal=causal, backend=backend)
         return torch.autograd.grad((out * peers.numbers(out.shape, 5)).sum(), given)
 
-    for a, b, c in zip(*map(gradients, ("sdpa", "math", None))):
-        assert peers.distance(a, b) < 1e-12 and peers.distance(a, c) < 1e-12
+    for first, *others in zip(*map(gradients, ("math", "sdpa", "chunked", None))):
+        assert all(peers.distance(first, other) < 1e-12 for other in others)
 
 
 @torch.no_grad()
@@ -60,3 +60,9 @@ def test_module_is_heads_of_projections_side_by_side():
 def test_unknown_backend_is_refused_by_name():
     with pytest.raises(InputError, match="'flash'"):
         attention(*qkv(2, 2, torch.float32), backend="flash")
+
+
+def test_triton_says_what_it_cannot_do():
+    pytest.importorskip("triton")
+    with pytest.raises(InputError, match="head dims .*not 8; use 'sdpa'"):
+        attention(*qkv(2, 2, torch.float32), backend="triton")

@@ -65,6 +65,14 @@ def test_diffusers_at_real_times_and_sizes(t):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", peers.UNETS)
+def test_text_read_once_gives_the_same_bits(name):
+    _, model, given = peers.ours("unet", name)
+    given = {key: value.float() for key, value in given.items()}
+    assert torch.equal(model(**given | {"context": model.read(given["context"])}), model(**given))
+
+
+@torch.no_grad()
 def test_one_time_may_be_a_number_or_one_for_each_picture():
     outputs, model, given = peers.ours("unet", "sd15")
     given = {k: v.float() for k, v in given.items()}

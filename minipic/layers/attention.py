@@ -11,29 +11,59 @@ from minipic.common import InputError
 
 
 def choose(q, k):
-    """The faster backend: PyTorch's CPU kernel is about 5 times slower than the formula backwards, on few keys."""
+    """The backend for these shapes: PyTorch's fused kernel, but where the measured exceptions are."""
     short = k.shape[1] <= 256 and q.device.type == "cpu" and torch.is_grad_enabled() and k.requires_grad
-    return "math" if short else "sdpa"
+    if short:  # PyTorch's CPU kernel is about 5 times slower than the formula backwards, on few keys
+        return "math"
+    return "chunked" if q.shape[-1] > 256 and q.is_cuda else "sdpa"  # no fused CUDA kernel has heads this wide
 
 
 def attention(q, k, v, causal=False, backend=None):
     """q [B,N,h,d], k and v [B,M,h,d] -> [B,N,h,d]. `causal`: token n sees tokens 0..n only (needs N == M).
 
-    `backend`: "sdpa" is PyTorch's fused kernel; "math" is the formula itself, with an N x M matrix in memory; None
-    chooses the faster.
+    `backend` (None: `choose` it): "math" is the formula itself, with an N x M matrix in memory; "chunked" the same a few
+    queries at a time; "sdpa" PyTorch's fused kernel; "triton" ours (kernels.py: CUDA, not causal, d 32, 64 or 128).
+    Raises InputError for a backend that does not exist or cannot do what is asked.
     """
     backend = backend or choose(q, k)
+    if backend not in BACKENDS:
+        raise InputError(f"attention backend {backend!r} does not exist; use one of {', '.join(BACKENDS)}")
+    return BACKENDS[backend](q, k, v, causal)
+
+
+def math(q, k, v, causal, first=0):
+    """`first`: which token the first of q is."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if backend == "sdpa":
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    elif backend == "math":
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B,h,N,M]
-        if causal:
-            scores = scores.masked_fill(scores.new_ones(scores.shape[-2:]).triu(1).bool(), float("-inf"))
-        out = scores.softmax(-1) @ v
-    else:
-        raise InputError(f"attention backend {backend!r} does not exist; use 'sdpa' or 'math'")
-    return out.transpose(1, 2)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B,h,N,M]
+    if causal:
+        scores = scores.masked_fill(scores.new_ones(scores.shape[-2:]).triu(first + 1).bool(), float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def chunked(q, k, v, causal):
+    """The scores of a chunk of queries stay in the cache (CPU), or take little memory (CUDA)."""
+    size = 1024 if q.is_cuda else 128
+    return torch.cat([math(part, k, v, causal, i * size) for i, part in enumerate(q.split(size, dim=1))], dim=1)
+
+
+def sdpa(q, k, v, causal):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+
+
+def triton(q, k, v, causal):
+    try:
+        from minipic.layers.kernels import HEAD_DIMS, flash_attention
+    except ImportError as error:
+        raise InputError("attention backend 'triton' needs the triton package, which comes with PyTorch for CUDA; "
+                         "use 'sdpa'") from error
+    if causal or q.shape[-1] not in HEAD_DIMS:
+        raise InputError(f"attention backend 'triton' has no causal mask and only head dims {HEAD_DIMS}, "
+                         f"not {q.shape[-1]}; use 'sdpa'")
+    return flash_attention(q, k, v)
+
+
+BACKENDS = {"math": math, "chunked": chunked, "sdpa": sdpa, "triton": triton}
 
 
 class Attention(nn.Module):
@@ -47,8 +77,12 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width, inner, bias=qkv_bias)
         self.to_out = nn.Sequential(nn.Linear(inner, width))  # a list in the files: `to_out.0.weight`
 
+    def keys_and_values(self, context):
+        """context [B,M,D_context] -> k and v [B,M,h,d]."""
+        return [project(context).unflatten(-1, (self.heads, -1)) for project in (self.to_k, self.to_v)]
+
     def forward(self, x, context=None):
-        context = x if context is None else context
-        q, k, v = (project(c).unflatten(-1, (self.heads, -1))  # [B,N,h,d]
-                   for project, c in ((self.to_q, x), (self.to_k, context), (self.to_v, context)))
+        """`context` (None: x): a tensor, or {attention: its keys and values}, see UNet.read."""
+        k, v = context[self] if isinstance(context, dict) else self.keys_and_values(x if context is None else context)
+        q = self.to_q(x).unflatten(-1, (self.heads, -1))  # [B,N,h,d]
         return self.to_out(attention(q, k, v).flatten(2))

@@ -5,12 +5,13 @@ The first encoder is like CLIP-L (quick-gelu; its projection is only for trainin
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from minipic.common import option, random
 from minipic.data import caption_of, compose, draw
@@ -19,8 +20,11 @@ from minipic.layouts import save_part
 from minipic.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig, contrastive_loss
 from minipic.text import END, Tokenizer, train_tokenizer
 from minipic.training import Recipe as Base
+from minipic.world.edits import edited
+from minipic.world.scene import is_held_out
 
 WIDTH = 128  # of the space where pictures and captions meet
+FAMILY, EDITS = 4, ("recolour", "move", "resize", "reshape")  # pictures that are alike but for one of these edits
 
 
 @dataclass
@@ -73,13 +77,28 @@ def setup(towers, config):
     return list(towers.parameters())
 
 
+def sibling(seed, index):
+    """Picture number `index`. Of each FAMILY the others are the first with one thing changed: strangers differ in their
+    colours already, and a batch of them teaches hardly anything about shape, size and place."""
+    picture, generator = compose(seed, index - index % FAMILY), random(seed, "sibling", index)
+    if index % FAMILY == 0 or picture.kind == "panels":
+        return picture
+    for _ in range(8):
+        change = edited(picture.scenes[0], EDITS[int(torch.randint(len(EDITS), (), generator=generator))], generator)
+        if change and not any(map(is_held_out, change[0].objects)):
+            return replace(picture, scenes=(change[0],))
+    return picture
+
+
 def data(towers, config):
     """Batches of (pictures [B,3,64,64], two id tensors [B,N]); pictures of other shapes are squashed to 64x64."""
-    pictures = [compose(config.seed, i) for i in range(config.scenes)]
+    pictures = [sibling(config.seed, i) for i in tqdm(range(config.scenes), "scenes", leave=False, mininterval=2)]
     images = torch.stack([(squash(x) * 127).round().to(torch.int8) for x in draw(pictures, progress="pictures")])
 
     def batch(step, indices):
-        rows = [int(torch.randint(len(pictures), (), generator=random(config.seed, "pick", i))) for i in indices]
+        families = [int(torch.randint(len(pictures) // FAMILY, (), generator=random(config.seed, "pick", i // FAMILY)))
+                    for i in indices]
+        rows = [FAMILY * family + i % FAMILY for family, i in zip(families, indices)]
         captions = [caption_of(pictures[row], random(config.seed, "caption", i)) for row, i in zip(rows, indices)]
         return {"image": images[rows] / 127, **tokens(towers, captions)}
     return batch

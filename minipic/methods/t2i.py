@@ -46,6 +46,7 @@ class Recipe(Base):
     prediction: str = option("v_prediction", "what a new UNet predicts: SDXL's epsilon says little in strong noise, "
                              "where it is decided what stands where", ("epsilon", "v_prediction"))
     min_snr: float = option(0.0, "largest weight of a noise level, in signal-to-noise ratio; 0 weighs all alike")
+    train_text: bool = option(False, "train the text encoders too; CLIP alone tells colours apart long before shapes")
     drop: float = option(0.1, "share of captions left out, for guidance: half zeros, half the empty prompt")
 
 
@@ -73,7 +74,14 @@ def start_small(unet):
 
 def setup(pipeline, config):
     pipeline.unet.checkpointing = config.checkpointing
-    return list(pipeline.unet.parameters())
+    return list(pipeline.unet.parameters()) + (text_parameters(pipeline) if config.train_text else [])
+
+
+def text_parameters(pipeline):
+    """What of the text encoders the UNet sees: of all but the last, only the layers up to the last but one."""
+    *others, last = [encoder.text_model for _, encoder in pipeline.towers]
+    used = [p for model in others for part in (model.embeddings, *model.encoder.layers[:-1]) for p in part.parameters()]
+    return used + list(pipeline.towers[-1][1].parameters())
 
 
 def data(pipeline, config):
@@ -122,10 +130,10 @@ def encode_pictures(vae, pictures, chunk=64):
 
 
 def loss(pipeline, batch, config):
-    with torch.no_grad():
+    with torch.set_grad_enabled(config.train_text):
         context, pooled = encode([text or "" for text in batch["captions"]], pipeline.towers)
-        told = torch.tensor([text is not None for text in batch["captions"]], device=pooled.device)
-        context, pooled = context * told[:, None, None], pooled * told[:, None]  # SDXL's "no prompt" is zeros
+    told = torch.tensor([text is not None for text in batch["captions"]], device=pooled.device)
+    context, pooled = context * told[:, None, None], pooled * told[:, None]  # SDXL's "no prompt" is zeros
 
     def predict(x, t):
         return pipeline.unet(x, t, context, pooled, batch["size_ids"])

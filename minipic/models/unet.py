@@ -231,14 +231,20 @@ class UNet(nn.Module):
             temb = temb + self.add_embedding(torch.cat([pooled, sizes.to(pooled.dtype)], dim=-1).to(like.dtype))
         return temb
 
+    def read(self, context):
+        """The text as every cross-attention sees it, {attention: (k, v)}: the same at every step of a drawing, so that
+        it need not be computed again. `forward` takes it for `context`."""
+        return {block.attn2: block.attn2.keys_and_values(context)
+                for block in self.modules() if isinstance(block, TransformerBlock)}
+
     def run(self, module, *args):
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(module, *args, use_reentrant=False)
         return module(*args)
 
     def forward(self, x, t, context, pooled=None, size_ids=None):
-        """x [B,C,h,w], t scalar or [B] in 0..999 (fractions allowed), context [B,N,D], pooled [B,D], size_ids [B,6]
-        (SDXL only) -> the prediction (noise, or velocity) [B,C_out,h,w]."""
+        """x [B,C,h,w], t scalar or [B] in 0..999 (fractions allowed), context [B,N,D] or what `read` made of it,
+        pooled [B,D], size_ids [B,6] (both SDXL only) -> the prediction (noise, or velocity) [B,C_out,h,w]."""
         temb = self.embed(t, pooled, size_ids, x)
         x = self.conv_in(x)
         skips = [x]

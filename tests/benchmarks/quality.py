@@ -52,9 +52,9 @@ def draw(pipeline, prompts, seed, steps=30, guidance=5.0, batch=64):
         uncond = Conditioning(*(torch.zeros_like(x) for x in cond[:2]))
         grid = pipeline.schedule.grid(steps)
         x = grid.start * torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-        predict = pipeline.predictor(cond, uncond, sizes, 1, guidance)
-        denoise = pipeline.schedule.objective.denoiser(predict, grid)
         with torch.autocast(device.type, torch.bfloat16):
+            predict = pipeline.predictor(cond, uncond, sizes, 1, guidance)
+            denoise = pipeline.schedule.objective.denoiser(predict, grid)
             for x, _ in SAMPLERS["euler"](denoise, x, grid.sigmas):
                 pass
             images.append(pipeline.vae.decode(pipeline.vae.unscale(x)).float().clamp(-1, 1))
