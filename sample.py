@@ -4,6 +4,7 @@
     python sample.py "a cat" --model weights/sdxl-base --n 1                 official weights: a folder or a single file
     python sample.py "a cat" --model weights/sdxl-turbo --steps 1 --guidance 0
     python sample.py "snow" --image photo.png --strength 0.6 --mask m.png    redraw a picture, or its white part only
+    python sample.py "a cat" --model weights/sdxl-base --lora style.safetensors:0.8
     python sample.py --from pictures/grid.png --steps 50                     the settings of an earlier picture again
     torchrun --nproc_per_node=2 sample.py --prompts prompts.txt              several GPUs share the prompts
 """
@@ -47,6 +48,8 @@ class Settings:
     mask: str = option(None, "picture of the size of --image: draw where it is white, keep where it is black")
     refiner: str = option(None, "a second model for the last fifth of the noise schedule")
     vae: str = option(None, "another VAE: a folder or file")
+    lora: tuple[str, ...] = option((), "LoRA file, or FILE:SCALE; give the flag once for each")
+    lora_allow_partial: bool = option(False, "use a LoRA although some of its tensors fit no layer of this model")
     original_size: str = option(None, "WIDTHxHEIGHT that SDXL is told the training picture had; --size if left out")
     crop: str = option("0,0", "LEFT,TOP of the cut that SDXL is told was made from that picture")
     target_size: str = option(None, "WIDTHxHEIGHT that SDXL is told was wanted; --size if left out")
@@ -82,8 +85,9 @@ def read_flags(argv):
         raise InputError("--from: name the picture whose settings to take")
     kept = read_settings(path if given else argv[at + 1])
     names = {f.name for f in dataclasses.fields(Settings)} - set(FORGET)
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in kept.items()
-             if key in names - {"prompt"} and value is not None]
+    flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}")
+             for key, values in kept.items() if key in names - {"prompt"}
+             for value in (values if isinstance(values, list) else [values]) if value is not None and value is not False]
     config = from_argv(Settings, flags + rest, "sample.py", ("prompt",))
     if config.prompt or config.prompts or "prompt" not in kept:
         return config
@@ -97,6 +101,17 @@ def pair(text, flag, mark):
     if not re.fullmatch(rf"\d+{mark}\d+", text):
         raise InputError(f"--{flag} {text}: expected two whole numbers such as 64{mark}64")
     return tuple(int(number) for number in text.split(mark))
+
+
+def add_loras(pipeline, config):
+    """Add every --lora FILE[:SCALE]."""
+    for text in config.lora:
+        path, scale = re.fullmatch(r"(.*?)(?::([-+.\d]+))?", text).groups()
+        try:
+            scale = float(scale or 1)
+        except ValueError:
+            raise InputError(f"--lora {text}: {scale!r} is no number; write FILE:0.8") from None
+        pipeline.add_lora(path, scale, config.lora_allow_partial)
 
 
 def read_prompts(config):
@@ -156,6 +171,7 @@ def draw(config):
     image, mask = (open_picture(name) if name else None for name in (config.image, config.mask))
     load = {"dtype": DTYPES[dtype], "device": device, "lazy": True, "check_hashes": config.verify}
     pipeline = Pipeline.load(config.model, vae=config.vae, **load)
+    add_loras(pipeline, config)
     refiner = Pipeline.load(config.refiner, **load) if config.refiner else None
     size, sampler, grid = pipeline.plan(config.steps, config.n, pair(config.size, "size", "x"), config.sampler, image,
                                         config.strength, mask)

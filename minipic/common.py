@@ -46,15 +46,15 @@ class _Parser(argparse.ArgumentParser):
 def from_argv(cls, argv, prog, positional=()):
     """Fill the dataclass `cls` from a command line: `--steps 500`, `--steps=500`, `--ema` / `--no-ema`.
 
-    Every field is a flag (underscores become dashes); tuples take several values. Fields named in `positional` are
-    given without a flag. Raises InputError for an unknown flag or a value of the wrong type.
+    Every field is a flag (underscores become dashes); one of a tuple is given once for each value. Fields named in
+    `positional` are given without a flag. Raises InputError for an unknown flag or a value of the wrong type.
     """
     parser = _Parser(prog, description=cls.__doc__, allow_abbrev=False,
                      formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, 32, 110))
     for f in dataclasses.fields(cls):
         kind, extra = f.type, {}
         if typing.get_origin(kind) is tuple:
-            kind, extra = typing.get_args(kind)[0], {"nargs": "*"}
+            kind, extra = typing.get_args(kind)[0], {"nargs": "*"} if f.name in positional else {"action": "append"}
         if kind is bool:
             extra["action"] = argparse.BooleanOptionalAction
         else:
@@ -62,9 +62,9 @@ def from_argv(cls, argv, prog, positional=()):
             if f.name not in positional:
                 extra["metavar"] = kind.__name__.upper()
         name = f.name if f.name in positional else "--" + f.name.replace("_", "-")
-        parser.add_argument(name, default=f.default, help=f.metadata.get("help"), **extra)
-    values = vars(parser.parse_args(argv))
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        parser.add_argument(name, default=f.default or None if extra.get("action") == "append" else f.default, help=f.metadata.get("help"), **extra)
+    given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
 
 
 def random(*key):

@@ -72,6 +72,21 @@ def unet_name(name):
     return f"{block}.{part}.{layer}.{swap_start(inner, UNET_RESNET)}" if part else name
 
 
+def sgm_name(name):
+    """The inverse of `unet_name` for UNets of two resnets a level, as the official ones: LoRA files use either name."""
+    match = re.fullmatch(r"(down|up|mid)_block(?:s\.(\d+))?\.(resnets|attentions|\w+samplers)\.(\d)\.(.+)", name)
+    if not match:
+        return swap_start(name, {new: old for old, new in UNET_ENDS.items()})
+    area, level, kind, layer, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
+    rest = swap_start(rest, {new: old for old, new in UNET_RESNET.items()}) if kind == "resnets" else rest
+    if area == "mid":
+        return f"middle_block.{UNET_MIDDLE.index(f'{kind}.{layer}')}.{rest}"
+    index = BLOCKS_A_LEVEL * level + (layer if "samplers" not in kind else BLOCKS_A_LEVEL - 1) + (area == "down")
+    slot = {"resnets": "0", "attentions": "1", "downsamplers": "0", "upsamplers": "2"}[kind]
+    rest = "op" + rest.removeprefix("conv") if kind == "downsamplers" else rest
+    return f"{'input' if area == 'down' else 'output'}_blocks.{index}.{slot}.{rest}"
+
+
 def vae(name, tensor):
     """A VAE in any of three spellings: LDM without `first_stage_model.`, diffusers, and diffusers until 2023."""
     name = re.sub(r"^((?:en|de)coder)\.norm_out\.", r"\1.conv_norm_out.", name)
@@ -106,6 +121,35 @@ def openclip(name, tensor):
     if stacked and tensor.ndim:
         return [(f"{layer[1]}self_attn.{part}_proj.{stacked[1]}", x) for part, x in zip("qkv", tensor.chunk(3))]
     return [(layer[1] + swap_start(layer[2], OPENCLIP_LAYER), tensor)]
+
+
+# Names of LoRA tensors: <network><module><end>, dots or underscores within the module.
+LORA_NETWORKS = {  # start of the name: the part that it belongs to; the first that fits counts
+    "lora_unet_": "unet", "lycoris_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
+    "lora_te_": "text_encoder", "unet.": "unet", "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2",
+    "diffusion_model.": "unet", "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2", "base_model.model.": "unet", "": "unet"}
+LORA_KOHYA = {part: start for start, part in LORA_NETWORKS.items() if start in ("lora_unet_", "lora_te1_", "lora_te2_")}
+LORA_ENDS = re.compile(r"(?:\.lora_linear_layer|[._]lora)?[._](?:lora_)?(down|up|A|B)(?:\.default)?\.weight|\.alpha")
+LORA_ROLES = {"down": "A", "A": "A", "up": "B", "B": "B", None: "alpha"}
+
+
+def lora(name):
+    """The name of a LoRA tensor in any spelling -> (part, module with underscores, "A", "B" or "alpha"), or None."""
+    start = next(start for start in LORA_NETWORKS if name.startswith(start))
+    end = re.search(f"(?:{LORA_ENDS.pattern})$", name)
+    if not end:
+        return None
+    module = name[len(start):end.start()].replace(".processor.", ".").replace(".", "_")
+    return LORA_NETWORKS[start], re.sub(r"(attn\d_to_out)$", r"\1_0", module), LORA_ROLES[end[1]]
+
+
+def lora_modules(part, names):
+    """{a spelling with underscores: module} for the modules `names` of a part."""
+    spellings = {name.replace(".", "_"): name for name in names}
+    if part == "unet":
+        return {sgm_name(name).replace(".", "_"): name for name in names} | spellings
+    return {spelling.removeprefix("text_model_"): name for spelling, name in spellings.items()} | spellings
 
 
 FOREIGN = (  # what it is, and a pattern that some tensor's name contains

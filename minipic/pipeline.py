@@ -17,8 +17,10 @@ from minipic.diffusion.guidance import combine, rescale as rescale_to
 from minipic.diffusion.samplers import SAMPLERS, keep
 from minipic.diffusion.schedule import Schedule
 from minipic.image import cover, to_pictures, to_tensor
+from minipic.layers import lora
 from minipic.layouts import blank, load_part, open_model, open_vae, save_folder
 from minipic.text import Conditioning, Tokenizer, encode, size_ids
+from minipic.weights import load_lora
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
@@ -40,14 +42,16 @@ class Pipeline(nn.Module):
         self.sdxl = unet.config.addition_embed_type is not None
         self.index = index or {"_class_name": "StableDiffusionXLPipeline" if self.sdxl else "StableDiffusionPipeline"}
         self.lazy, self.texts = {}, {}  # filled only by load(lazy=True): parts still on disk, texts already encoded
+        self.loras = {}  # {name: (scale, {part: {module: (A, B, alpha)}})}
 
     @classmethod
-    def load(cls, path, dtype=None, device=None, vae=None, lazy=False, check_hashes=False):
+    def load(cls, path, dtype=None, device=None, vae=None, lazy=False, check_hashes=False, loras=()):
         """A model from a diffusers folder or a single .safetensors file, whose tokenizers lie in folders beside it.
 
         `dtype` (default float32) and `device` (default CPU) of the networks; in float16 a VAE that would overflow stays
         float32. `vae`: another VAE's folder or file. `lazy`: read each network when it is needed and free the text
-        encoders before the UNet. `check_hashes`: accept official files only. Raises InputError naming what is wrong.
+        encoders before the UNet. `check_hashes`: accept official files only. `loras`: files, or (file, scale) pairs,
+        see `add_lora`. Raises InputError naming what is wrong.
         """
         dtype, path = dtype or torch.float32, Path(path)
         source = open_model(path, half=dtype != torch.float32, check_hashes=check_hashes)
@@ -66,13 +70,44 @@ class Pipeline(nn.Module):
         if not lazy:
             pipeline.fetch(*parts)
             pipeline.lazy = {}
+        for file in loras:
+            pipeline.add_lora(*(file if isinstance(file, tuple) else (file,)))
         return pipeline
+
+    def add_lora(self, path, scale=1.0, partial=False):
+        """Add the LoRA of a file in any common spelling, beside those that are there; nothing is read again.
+
+        `scale`: how strong, 1 as trained; `set_lora` changes it later. `partial`: leave out what fits no layer. The
+        file's path is its name. Raises InputError naming the file and what does not fit.
+        """
+        if str(path) in self.loras:
+            raise InputError(f"--lora {path}: given twice; give it once with the sum of the scales")
+        parts = {name: getattr(self, name) for name in ("unet", *TOKENIZERS) if getattr(self, name) is not None}
+        self.loras[str(path)] = scale, load_lora(path, parts, partial)
+        for part in parts:
+            if not next(parts[part].parameters()).is_meta:
+                self.apply_lora(part, str(path))
+
+    def apply_lora(self, part, name):
+        scale, found = self.loras[name]
+        for module, (a, b, alpha) in found.get(part, {}).items():
+            lora.add(getattr(self, part).get_submodule(module), name, a, b, alpha)
+        lora.set_scale(getattr(self, part), scale, name)
+
+    def set_lora(self, path, scale):
+        """Change the strength of a LoRA that was added; 0 turns it off."""
+        self.loras[str(path)] = scale, self.loras[str(path)][1]
+        for part in self.loras[str(path)][1]:
+            lora.set_scale(getattr(self, part), scale, str(path))
+        self.texts.clear()
 
     def fetch(self, *names):
         """Read these parts from disk unless they are here."""
         for name in names:
             if name in self.lazy and next(getattr(self, name).parameters()).is_meta:
                 setattr(self, name, load_part(*self.lazy[name]))
+                for file in self.loras:
+                    self.apply_lora(name, file)
 
     def free(self, *names):
         """Give back the memory of these parts, when they can be read again."""
@@ -82,6 +117,8 @@ class Pipeline(nn.Module):
 
     def save(self, folder, dtype=None):
         """Write a diffusers folder that `load` and diffusers read. `dtype`: the weights' on disk; None: as they are."""
+        if any(lora.layers(self)):
+            raise InputError(f"{folder}: this model has LoRAs, which its files cannot hold; save those by themselves")
         parts = {name: getattr(self, name) for name in PARTS if getattr(self, name) is not None}
         self.fetch(*parts)
         for name in parts.keys() & TOKENIZERS.keys():

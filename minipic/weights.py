@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from minipic import keys
 from minipic.common import InputError
 
 Entry = namedtuple("Entry", "dtype shape start end")  # of one tensor in a header; start and end count from the data
@@ -225,6 +226,66 @@ def read_json(path):
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a JSON object, found a {type(values).__name__}; fetch it again")
     return values
+
+
+# LoRA files -------------------------------------------------------------------------------------------------------
+
+def load_lora(path, models, partial=False):
+    """A LoRA file in any common spelling -> {part: {module: (A [R, ...], B [out, R, ...], alpha)}}.
+
+    `models`: {part: network}, to which the names must belong; `partial`: leave out what fits none instead of refusing.
+    alpha is the file's, tensor or metadata; R where it says nothing. Raises InputError with the names that do not fit
+    (also those of DoRA, LoHa and the like, which are something else).
+    """
+    entries, metadata = read_header(path)
+    known = {part: keys.lora_modules(part, dict(model.named_modules())) for part, model in models.items()}
+    places = {name: keys.lora(name) for name in entries}
+    fitting = {name for name, place in places.items() if place and place[1] in known.get(place[0], ())}
+    strangers = [name for name in entries if name not in fitting]
+    if not fitting or (strangers and not partial):
+        raise InputError(f"{path}: {len(strangers)} of {len(entries)} tensors fit no part of this model "
+                         f"({', '.join(strangers[:3])}{', ...' * (len(strangers) > 3)}); use a LoRA made for it, "
+                         "or --lora-allow-partial")
+    found, noted = {}, lora_metadata(metadata)
+    for name, tensor in stream(path, {name: entry for name, entry in entries.items() if name in fitting}):
+        part, spelling, role = places[name]
+        found.setdefault((part, known[part][spelling]), {})[role] = tensor
+    loras = {}
+    for (part, module), tensors in found.items():
+        layer = models[part].get_submodule(module)
+        a, b = (tensors.get(role) for role in "AB")
+        wanted = tuple(getattr(layer, "weight", torch.empty(0)).shape)
+        fits = a is not None and b is not None and len(wanted) > 1 and (
+            len(b), b.numel() // len(b), a.numel() // len(a)) == (wanted[0], len(a), math.prod(wanted[1:]))
+        if not fits:
+            raise InputError(f"{path}: the LoRA of {part}.{module} does not fit its weight {list(wanted)}; "
+                             "use a LoRA made for this model")
+        alpha = tensors["alpha"].item() if "alpha" in tensors else noted.get(f"{part}.lora_alpha", len(a))
+        loras.setdefault(part, {})[module] = a, b, float(alpha)
+    return loras
+
+
+def lora_metadata(metadata):
+    """The settings that newer diffusers notes in the header: its files hold no alpha."""
+    try:
+        return json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError:
+        return {}
+
+
+def save_lora(states, path, metadata=None, kohya=False):
+    """Write {part: lora.lora_state_dict(network)}: in PEFT's spelling, which diffusers reads, with alpha / R multiplied
+    into B, for readers differ in where they look for an alpha; or as `kohya`'s SDXL scripts do, with an alpha each."""
+    tensors = {}
+    for part, state in states.items():
+        for name in [name.removesuffix(".alpha") for name in state if name.endswith(".alpha")]:
+            a, b, alpha = (state[f"{name}.{end}"] for end in ("lora_A.weight", "lora_B.weight", "alpha"))
+            if kohya:
+                module = keys.LORA_KOHYA[part] + (keys.sgm_name(name) if part == "unet" else name).replace(".", "_")
+                tensors |= {f"{module}.lora_down.weight": a, f"{module}.lora_up.weight": b, f"{module}.alpha": alpha}
+            else:
+                tensors |= {f"{part}.{name}.lora_A.weight": a, f"{part}.{name}.lora_B.weight": b * (alpha / len(a))}
+    save_weights(tensors, path, metadata)
 
 
 def sha256(path):

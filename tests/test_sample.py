@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
 
 import sample
 from minipic.image import open_picture, read_settings
 from minipic.pipeline import Pipeline
+from minipic.weights import save_weights
 
 PROMPT = "a small red sphere"
 ROOT = Path(__file__).parents[1]
@@ -124,6 +126,19 @@ def test_flags_reach_the_pipeline():
     assert same("vae.png", other.generate(PROMPT, steps=3)[0]) and not same("vae.png", plain)
 
 
+def test_loras_reach_the_pipeline_and_come_back_with_from():
+    for i in range(2):
+        name = f"unet.mid_block.attentions.0.transformer_blocks.{i}.attn2.to_out.0"
+        save_weights({f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(32, 2)},
+                     f"{i}.safetensors")
+    assert run(PROMPT, "--n", "1", "--guidance", "0", "--lora", "0.safetensors:-0.5", "--lora", "1.safetensors", "--out", "lora.png") == 0
+    pipeline = Pipeline.load(tiny.folder(), loras=[("0.safetensors", -0.5), "1.safetensors"])
+    assert same("lora.png", pipeline.generate(PROMPT, steps=3, guidance=0)[0])
+    assert not same("lora.png", drawn(guidance=0)[0])
+    assert sample.main(["--from", "lora.png", "--out", "again.png"]) == 0
+    assert same("again.png", open_picture("lora.png"))
+
+
 def test_many_pictures_are_drawn_in_parts(monkeypatch):
     monkeypatch.setattr("minipic.pipeline.AT_ONCE", 2 * 64 * 64)
     assert run(PROMPT, "--n", "3", "--size", "64x64") == 0
@@ -137,6 +152,8 @@ WRONG = {
     "--size 60x64": "--size 60x64: width and height must be multiples of 8",
     "--size 64": "--size 64: expected two whole numbers such as 64x64",
     "--size 0x0": "--size 0x0",
+    "--lora nothing.safetensors": "nothing.safetensors: cannot read it (No such file or directory)",
+    "--lora a.safetensors:1.2.3": "--lora a.safetensors:1.2.3: '1.2.3' is no number; write FILE:0.8",
     "--sampler eular": "--sampler eular: unknown; choose one of euler",
     "--steps 0": "--steps 0",
     "--steps many": "argument --steps: invalid int value: 'many'",

@@ -13,15 +13,15 @@ sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 import readme  # noqa: E402
 
 FLOORS = [  # a room imports only from floors below its own, and from itself
-    ["common"],
-    ["layers", "diffusion", "image", "keys", "weights"],
+    ["common", "keys"],
+    ["layers", "diffusion", "image", "weights"],
     ["models", "world", "text", "checkpoint"],
     ["layouts"],
     ["pipeline", "training", "data"],
     ["methods"],
 ]
 PACKAGES = {"torch", "numpy", "PIL", "safetensors", "tokenizers", "tqdm", "minipic"}
-FILE_LINES, FUNCTION_LINES, PACKAGE_LINES = 350, 60, 6000
+FILE_LINES, FUNCTION_LINES, PACKAGE_LINES = 350, 60, 6600
 
 PACKAGE = readme.package()
 SOURCES = PACKAGE + sorted(f.relative_to(ROOT).as_posix() for folder in ("weights", "tutorials")

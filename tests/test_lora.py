@@ -1,0 +1,238 @@
+"""LoRA: the layer's identities, files in every spelling, and what PEFT and diffusers make of ours."""
+
+import peers
+import pytest
+import torch
+import torch.nn as nn
+from tiny import build
+
+from minipic import keys
+from minipic.common import InputError
+from minipic.layers import lora
+from minipic.layers.swap import swap
+from minipic.pipeline import Pipeline
+from minipic.models.unet import SD15, SDXL_BASE, SDXL_REFINER, UNet
+from minipic.weights import load_lora, read_weights, save_lora, save_weights
+
+
+
+def numbers(shape, seed):
+    return peers.numbers(shape, seed).float()
+
+
+X = numbers((2, 5, 12), 1)
+
+
+def small():
+    """A Linear, a strided convolution and a Linear that the pattern ".*to_q|conv" leaves alone."""
+    return peers.fill(nn.ModuleDict({"to_q": nn.Linear(12, 8), "to_k": nn.Linear(12, 8),
+                                     "conv": nn.Conv2d(3, 6, 3, stride=2, padding=1)}))
+
+
+def randomize(model, seed=0):
+    """B away from zero, so that a LoRA does something."""
+    for i, module in enumerate(lora.layers(model).values()):
+        module.lora_B.weight.data = 0.1 * numbers(module.lora_B.weight.shape, seed + i)
+    return model
+
+
+def test_swap_replaces_by_name_and_leaves_what_is_inside():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5)))
+    built = swap(model, lambda name, module: name in ("0", "1", "1.0"), lambda name, module: nn.Identity())
+    assert list(built) == ["0", "1"] and model[0] is built["0"] and isinstance(model[1], nn.Identity)
+
+
+def test_nothing_changes_at_first_and_only_the_lora_learns():
+    model, before = small(), small()
+    params = lora.inject(model, rank=4, match=".*to_q|conv")
+    picture = numbers((1, 3, 8, 8), 2)
+    assert torch.equal(model["to_q"](X), before["to_q"](X)) and torch.equal(model["conv"](picture), before["conv"](picture))
+    (model["to_q"](X).sum() + model["to_k"](X).sum() + model["conv"](picture).sum()).backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {f"{layer}.lora_{x}.weight" for layer in ("to_q", "conv") for x in "AB"}
+    assert {id(p) for p in params} == {id(model.get_parameter(name)) for name in trained}
+    assert {name for name in model.state_dict() if "lora" not in name} == set(before.state_dict())
+
+
+@torch.no_grad()
+def test_is_the_formula_for_several_at_once_with_scales():
+    model = small()
+    lora.inject(model, rank=4, alpha=2, match=".*to_q|conv")
+    lora.inject(model, rank=3, match=".*to_q|conv", name="other")
+    randomize(model)
+    lora.set_scale(model, 0.5)
+    lora.set_scale(model, -2.0, "other")
+    layer = model["to_q"]
+    (a, a2), (b, b2) = layer.lora_A.weight.split([4, 3]), layer.lora_B.weight.split([4, 3], dim=1)
+    expected = X @ (layer.weight + 0.5 * 0.5 * b @ a - 2 * b2 @ a2).T + layer.bias
+    torch.testing.assert_close(layer(X), expected, rtol=1e-5, atol=1e-6)
+    picture, conv = numbers((1, 3, 8, 8), 2), model["conv"]
+    expected = nn.functional.conv2d(picture, conv.weight + conv.delta(), conv.bias, 2, 1)
+    torch.testing.assert_close(conv(picture), expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_merged_equals_beside_and_unmerged_is_the_same_bits():
+    model = small()
+    lora.inject(model, rank=4, match=".*to_q|conv")
+    randomize(model)
+    before, weight = model["to_q"](X), model["to_q"].weight.clone()
+    lora.merge(model)
+    torch.testing.assert_close(model["to_q"](X), before, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(model["to_q"].weight, weight)
+    lora.unmerge(model)
+    assert torch.equal(model["to_q"].weight, weight) and torch.equal(model["to_q"](X), before)
+
+
+def test_removed_is_the_layer_it_was():
+    model = small()
+    lora.inject(model, rank=4, match="to_q")
+    randomize(model)
+    alone = model["to_q"](X)
+    lora.inject(model, rank=3, match="to_q", name="other")
+    lora.remove(model, "other")
+    assert torch.equal(model["to_q"](X), alone)
+    lora.remove(model)
+    assert type(model["to_q"]) is nn.Linear and torch.equal(model["to_q"](X), small()["to_q"](X))
+    assert model.state_dict().keys() == small().state_dict().keys()
+
+
+def test_no_such_layer_is_an_error():
+    with pytest.raises(ValueError, match="'nothing'"):
+        lora.inject(small(), rank=4, match="nothing")
+
+
+@pytest.mark.parametrize("config", [SDXL_BASE, SDXL_REFINER, SD15])
+def test_sgm_names_go_there_and_back(config):
+    with torch.device("meta"):
+        names = [name for name in UNet(config).state_dict()]
+    assert [keys.unet_name(keys.sgm_name(name)) for name in names] == names
+    assert len({keys.sgm_name(name).replace(".", "_") for name in names}) == len(names)
+
+
+# Files ------------------------------------------------------------------------------------------------------------
+
+UNET, TEXT = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0", "encoder.layers.0.self_attn.q_proj"
+FLAT = UNET.replace(".", "_"), TEXT.replace(".", "_")
+SPELLINGS = {
+    "kohya, sgm blocks": (f"lora_unet_{keys.sgm_name(UNET).replace('.', '_')}", f"lora_te1_text_model_{FLAT[1]}",
+                          ".lora_down.weight", ".lora_up.weight", ".alpha"),
+    "kohya, diffusers blocks": (f"lora_unet_{FLAT[0]}", f"lora_te_text_model_{FLAT[1]}",
+                                ".lora_down.weight", ".lora_up.weight", ".alpha"),
+    "diffusers": (f"unet.{UNET}", f"text_encoder.{TEXT}", (".lora.down.weight", ".lora_linear_layer.down.weight"),
+                  (".lora.up.weight", ".lora_linear_layer.up.weight"), None),
+    "diffusers, older": (f"unet.{UNET.replace('to_out.0', 'processor.to_out')}", f"text_encoder.text_model.{TEXT}",
+                         "_lora.down.weight", "_lora.up.weight", None),
+    "PEFT": (f"unet.{UNET}", f"text_encoder.text_model.{TEXT}", ".lora_A.weight", ".lora_B.weight", None),
+    "PEFT, named": (f"base_model.model.{UNET}", f"text_encoder.text_model.{TEXT}", ".lora_A.default.weight",
+                    ".lora_B.default.weight", None),
+    "ComfyUI": (f"diffusion_model.{keys.sgm_name(UNET)}", f"text_encoders.clip_l.transformer.text_model.{TEXT}",
+                ".lora_down.weight", ".lora_up.weight", ".alpha"),
+}
+
+
+def written(path, spelling, alpha=4.0):
+    """A LoRA of one UNet layer and one text layer in a spelling; where that has no alpha, it is the rank, 4."""
+    unet, text, down, up, alphas = SPELLINGS[spelling]
+    pick = lambda end, i: end if isinstance(end, str) else end[i]
+    tensors = {}
+    for i, (name, width) in enumerate(((unet, 32), (text, 16))):
+        tensors[name + pick(down, i)] = numbers((4, width), i)
+        tensors[name + pick(up, i)] = numbers((width, 4), i + 7)
+        if alphas:
+            tensors[name + alphas] = torch.tensor(alpha)
+    save_weights(tensors, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return build()
+
+
+def parts(pipeline):
+    return {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_is_the_same_lora(spelling, tmp_path, pipeline):
+    found = load_lora(written(tmp_path / "x.safetensors", spelling), parts(pipeline))
+    assert {part: list(layers) for part, layers in found.items()} == {
+        "unet": [UNET], "text_encoder": [f"text_model.{TEXT}"]}
+    for i, (a, b, alpha) in enumerate((found["unet"][UNET], found["text_encoder"][f"text_model.{TEXT}"])):
+        assert alpha == 4 and torch.equal(a, numbers(a.shape, i)) and torch.equal(b, numbers(b.shape, i + 7))
+
+
+def test_kohya_and_peft_files_of_ours_come_back(tmp_path, pipeline):
+    unet = build().unet
+    lora.inject(unet, rank=4, alpha=2)
+    state = lora.lora_state_dict(randomize(unet))
+    for kohya in (True, False):
+        save_lora({"unet": state}, tmp_path / "ours.safetensors", {"about": "a test"}, kohya)
+        found = load_lora(tmp_path / "ours.safetensors", parts(pipeline))["unet"]
+        assert len(found) == len(lora.layers(unet)) > 0
+        for name, (a, b, alpha) in found.items():
+            layer = unet.get_submodule(name)
+            assert torch.equal(b * (alpha / len(a)) @ a, layer.delta())
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: t | {"lora_unet_nowhere.lora_up.weight": torch.ones(4, 4)}, "1 of 7 tensors fit no part.*lora_unet_nowhere"),
+    (lambda t: t | {next(iter(t)).partition(".")[0] + ".dora_scale": torch.ones(4)}, "dora_scale"),
+    (lambda t: {k: v[:, :3] if "down" in k else v for k, v in t.items()}, r"does not fit its weight \["),
+    (lambda t: {k: v for k, v in t.items() if "up" not in k}, "does not fit"),
+    (lambda t: {"x": torch.ones(2)}, "1 of 1 tensors fit no part"),
+])
+def test_what_does_not_fit_is_refused_by_name(change, words, tmp_path, pipeline):
+    path = written(tmp_path / "x.safetensors", "kohya, sgm blocks")
+    save_weights(change({name: x.clone() for name, x in read_weights(path).items()}), path)
+    with pytest.raises(InputError, match=words):
+        load_lora(path, parts(pipeline))
+
+
+def test_the_rest_is_used_when_asked(tmp_path, pipeline):
+    path = written(tmp_path / "x.safetensors", "kohya, sgm blocks")
+    save_weights(read_weights(path) | {"lora_unet_nowhere.lora_up.weight": torch.ones(4, 4)}, path)
+    assert set(load_lora(path, parts(pipeline), partial=True)) == {"unet", "text_encoder"}
+
+
+def test_pipeline_draws_with_loras_and_without_again(tmp_path):
+    model, path = build(), written(tmp_path / "x.safetensors", "PEFT")
+    draw = lambda pipeline: list(pipeline.latents("a small red sphere!", steps=2))[-1]
+    plain = draw(model)
+    model.add_lora(path, 0.5)
+    with_lora = draw(model)
+    assert not torch.equal(with_lora, plain)
+    model.set_lora(path, 0.0)
+    assert torch.equal(draw(model), plain)
+    with pytest.raises(InputError, match="given twice"):
+        model.add_lora(path)
+    with pytest.raises(InputError, match="has LoRAs"):
+        model.save(tmp_path / "out")
+    folder = tmp_path / "model"
+    build(folder=folder)
+    for lazy in (False, True):
+        assert torch.equal(draw(Pipeline.load(folder, lazy=lazy, loras=[(path, 0.5)])), with_lora)
+
+
+# Peers ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kohya", [False, True])
+def test_diffusers_draws_the_same_with_our_files(kohya, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    _, unet, given = peers.ours("unet", "sdxl")
+    _, other, theirs = peers.peer("unet", "sdxl")
+    given, theirs = ({key: x.float() for key, x in values.items()} for values in (given, theirs))
+    lora.inject(unet, rank=4, alpha=8)
+    save_lora({"unet": lora.lora_state_dict(randomize(unet))}, tmp_path / "ours.safetensors", kohya=kohya)
+    outputs, peer_outputs = peers.ours("unet", "sdxl")[0], peers.peer("unet", "sdxl")[0]
+    state, alphas = diffusers.StableDiffusionXLPipeline.lora_state_dict(
+        tmp_path / "ours.safetensors", unet_config=other.config)[:2]
+    plain = peer_outputs(other, **theirs)["prediction"]
+    diffusers.StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, other)
+    expected = peer_outputs(other, **theirs)["prediction"]
+    assert peers.distance(plain, expected) > 1e-3
+    assert peers.distance(outputs(unet, **given)["prediction"], expected) <= 1e-6
