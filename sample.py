@@ -87,7 +87,8 @@ def read_flags(argv):
     names = {f.name for f in dataclasses.fields(Settings)} - set(FORGET)
     flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}")
              for key, values in kept.items() if key in names - {"prompt"}
-             for value in (values if isinstance(values, list) else [values]) if value is not None and value is not False]
+             for value in (values if isinstance(values, list) else [values])
+             if value is not None and value is not False]
     config = from_argv(Settings, flags + rest, "sample.py", ("prompt",))
     if config.prompt or config.prompts or "prompt" not in kept:
         return config

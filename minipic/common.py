@@ -62,7 +62,8 @@ def from_argv(cls, argv, prog, positional=()):
             if f.name not in positional:
                 extra["metavar"] = kind.__name__.upper()
         name = f.name if f.name in positional else "--" + f.name.replace("_", "-")
-        parser.add_argument(name, default=f.default or None if extra.get("action") == "append" else f.default, help=f.metadata.get("help"), **extra)
+        default = None if extra.get("action") == "append" else f.default  # it would be appended to
+        parser.add_argument(name, default=default, help=f.metadata.get("help"), **extra)
     given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
 

@@ -91,7 +91,8 @@ class Pipeline(nn.Module):
     def apply_lora(self, part, name):
         scale, found = self.loras[name]
         for module, (a, b, alpha) in found.get(part, {}).items():
-            lora.add(getattr(self, part).get_submodule(module), name, a, b, alpha)
+            layer = getattr(self, part).get_submodule(module)
+            lora.add(layer, name, a.to(layer.weight.dtype), b.to(layer.weight.dtype), alpha)
         lora.set_scale(getattr(self, part), scale, name)
 
     def set_lora(self, path, scale):

@@ -6,12 +6,14 @@ import torch
 import torch.nn as nn
 from tiny import build
 
-from minipic import keys
+from minipic import keys, training
 from minipic.common import InputError
+from minipic.diffusion.schedule import Schedule
 from minipic.layers import lora
 from minipic.layers.swap import swap
-from minipic.pipeline import Pipeline
+from minipic.methods import t2i
 from minipic.models.unet import SD15, SDXL_BASE, SDXL_REFINER, UNet
+from minipic.pipeline import Pipeline
 from minipic.weights import load_lora, read_weights, save_lora, save_weights
 
 
@@ -46,7 +48,8 @@ def test_nothing_changes_at_first_and_only_the_lora_learns():
     model, before = small(), small()
     params = lora.inject(model, rank=4, match=".*to_q|conv")
     picture = numbers((1, 3, 8, 8), 2)
-    assert torch.equal(model["to_q"](X), before["to_q"](X)) and torch.equal(model["conv"](picture), before["conv"](picture))
+    for name, x in (("to_q", X), ("conv", picture)):
+        assert torch.equal(model[name](x), before[name](x))
     (model["to_q"](X).sum() + model["to_k"](X).sum() + model["conv"](picture).sum()).backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
     assert trained == {f"{layer}.lora_{x}.weight" for layer in ("to_q", "conv") for x in "AB"}
@@ -177,7 +180,8 @@ def test_kohya_and_peft_files_of_ours_come_back(tmp_path, pipeline):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda t: t | {"lora_unet_nowhere.lora_up.weight": torch.ones(4, 4)}, "1 of 7 tensors fit no part.*lora_unet_nowhere"),
+    (lambda t: t | {"lora_unet_nowhere.lora_up.weight": torch.ones(4, 4)},
+     "1 of 7 tensors fit no part.*lora_unet_nowhere"),
     (lambda t: t | {next(iter(t)).partition(".")[0] + ".dora_scale": torch.ones(4)}, "dora_scale"),
     (lambda t: {k: v[:, :3] if "down" in k else v for k, v in t.items()}, r"does not fit its weight \["),
     (lambda t: {k: v for k, v in t.items() if "up" not in k}, "does not fit"),
@@ -236,3 +240,36 @@ def test_diffusers_draws_the_same_with_our_files(kohya, tmp_path):
     expected = peer_outputs(other, **theirs)["prediction"]
     assert peers.distance(plain, expected) > 1e-3
     assert peers.distance(outputs(unet, **given)["prediction"], expected) <= 1e-6
+
+
+def test_ten_steps_of_training_are_those_of_diffusers_and_peft(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    config = t2i.Recipe(lr=1e-3)
+    _, unet, given = peers.ours("unet", "sdxl")
+    _, other, _ = peers.peer("unet", "sdxl")
+    given = {key: x.float() for key, x in given.items() if key not in ("x", "t")}
+    params = lora.inject(unet, rank=4, alpha=4)
+    save_lora({"unet": lora.lora_state_dict(unet)}, tmp_path / "start.safetensors")
+    state, alphas = diffusers.StableDiffusionXLPipeline.lora_state_dict(tmp_path / "start.safetensors")[:2]
+    diffusers.StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, other)
+    theirs = {name.replace(".default_0", ""): p for name, p in other.named_parameters() if "lora_" in name}
+    for p in theirs.values():
+        p.requires_grad_()
+    ours = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+    assert {id(p) for p in ours.values()} == {id(p) for p in params} and ours.keys() == theirs.keys()
+    optimizers = training.adamw(ours, config), torch.optim.AdamW(theirs.values(), lr=config.lr)
+    schedule, ddpm = Schedule(), diffusers.DDPMScheduler.from_config(Schedule().to_json())
+    for step in range(10):
+        x0, noise = (numbers((2, 4, 10, 14), 10 * step + i) for i in (1, 2))
+        t = torch.tensor([99 * step, 999 - 37 * step])
+        loss = schedule.objective.loss(lambda x, t: unet(x, t, **given), x0, noise, t).mean()
+        peer = other(ddpm.add_noise(x0, noise, t), t, given["context"], added_cond_kwargs={
+            "text_embeds": given["pooled"], "time_ids": given["size_ids"]}).sample
+        peer_loss = nn.functional.mse_loss(peer, noise)
+        torch.testing.assert_close(loss, peer_loss, rtol=1e-6, atol=0)
+        for optimizer, value in zip(optimizers, (loss, peer_loss)):
+            optimizer.zero_grad(), value.backward(), optimizer.step()
+    for name, p in ours.items():
+        assert (p - theirs[name]).abs().max() <= 1e-6, name
+    assert all(p.abs().max() > 1e-3 for name, p in ours.items() if "lora_B" in name)

@@ -21,8 +21,8 @@ def choose(q, k):
 def attention(q, k, v, causal=False, backend=None):
     """q [B,N,h,d], k and v [B,M,h,d] -> [B,N,h,d]. `causal`: token n sees tokens 0..n only (needs N == M).
 
-    `backend` (None: `choose` it): "math" is the formula itself, with an N x M matrix in memory; "chunked" the same a few
-    queries at a time; "sdpa" PyTorch's fused kernel; "triton" ours (kernels.py: CUDA, not causal, d 32, 64 or 128).
+    `backend` (None: `choose` it): "math" is the formula itself, with an N x M matrix in memory; "chunked" is the same a
+    few queries at a time; "sdpa" PyTorch's fused kernel; "triton" ours (kernels.py: CUDA, not causal, d 32, 64 or 128).
     Raises InputError for a backend that does not exist or cannot do what is asked.
     """
     backend = backend or choose(q, k)

@@ -20,13 +20,13 @@ class LoRA:
     """What LoRALinear and LoRAConv2d share: the second base class of both."""
 
     def lora(self, x):
-        factor = self.factor.view(-1, *[1] * (self.lora_A.weight.ndim - 2)).to(x.dtype)
-        return self.lora_B(self.lora_A(x) * factor)
+        factor, kind = self.factor.view(-1, *[1] * (self.lora_A.weight.ndim - 2)), self.lora_A.weight.dtype
+        return self.lora_B(self.lora_A(x.to(kind)) * factor.to(kind)).to(x.dtype)
 
     def delta(self):
         """What the LoRAs add to `weight`, in its shape."""
         a, b = self.lora_A.weight.flatten(1), self.lora_B.weight.flatten(1)
-        return (b * self.factor.to(b) @ a).view_as(self.weight)
+        return (b * self.factor.to(b) @ a).view_as(self.weight).to(self.weight.dtype)
 
     def forward(self, x):
         return super().forward(x) + self.lora(x) if self.original is None else super().forward(x)
@@ -44,15 +44,16 @@ LAYERS = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}
 
 
 def inject(model, rank, alpha=None, match=ATTENTION, name="default"):
-    """Give every Linear and Conv2d whose name fits the pattern `match` a new LoRA; returns the parameters to train.
+    """Give every Linear and Conv2d whose name fits the pattern `match` a new LoRA; returns the parameters to train, in
+    fp32 whatever the model is in.
 
-    A is random as a Linear's start, B zero: the output stays what it was, bit for bit. alpha: `rank` if None. Everything
-    else in the model is frozen. `name` is what `set_scale` and `remove` call it. Raises ValueError if nothing matches.
+    A is random as a Linear's start, B zero: the output stays what it was, bit for bit. alpha: `rank` if None. All else
+    in the model is frozen. `name` is what `set_scale` and `remove` call it. Raises ValueError if nothing matches.
     """
     def build(_, module):
-        a = torch.empty(rank, *module.weight.shape[1:], device=module.weight.device, dtype=module.weight.dtype)
+        a = torch.empty(rank, *module.weight.shape[1:], device=module.weight.device)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        return add(module, name, a, a.new_zeros(module.weight.shape[0], rank), alpha)
+        return add(module, name, a, a.new_zeros(len(module.weight), rank), alpha)
 
     model.requires_grad_(False)
     found = swap(model, lambda path, module: re.fullmatch(match, path) and isinstance(module, tuple(LAYERS)), build)
@@ -73,10 +74,11 @@ def add(module, name, a, b, alpha=None):
         module.ranks, module.original = {}, None  # {name: [R, alpha / R, scale]}; the weight without what was merged
     elif module.original is not None:
         raise ValueError("the LoRAs of this model are merged; unmerge before adding one")
+    a, b = a.to(module.weight.device), b.to(module.weight.device)
     if module.ranks:
-        a, b = torch.cat([module.lora_A.weight, a.to(module.weight)]), torch.cat([module.lora_B.weight, b.to(a)], 1)
+        a, b = torch.cat([module.lora_A.weight, a]), torch.cat([module.lora_B.weight, b], 1)
     module.ranks[name] = [rank, (rank if alpha is None else alpha) / rank, 1.0]
-    return place(module, a.to(module.weight), b.to(module.weight))
+    return place(module, a, b)
 
 
 def place(module, a, b):

@@ -13,12 +13,15 @@ from tqdm import tqdm
 from minipic.common import option, random
 from minipic.data import caption_of, compose, draw
 from minipic.diffusion.schedule import Schedule
+from minipic.folder import Photo, read_folder
 from minipic.image import labelled_grid
+from minipic.layers import lora
 from minipic.layouts import load_part, open_part
 from minipic.models.unet import UNet, UNetConfig
 from minipic.pipeline import Pipeline
 from minipic.text import Tokenizer, encode
 from minipic.training import Recipe as Base
+from minipic.weights import save_lora
 
 PROMPTS = ("a small red sphere left of a large blue cube", "a large yellow torus on a pink floor",
            "a medium green cone on the right", "a large white and red striped cylinder in the middle")
@@ -34,9 +37,14 @@ def tiny(context_width, pooled_width):
 
 @dataclass
 class Recipe(Base):
-    """Train the UNet of a pipeline folder on the world; --from-nothing starts a new tiny one."""
+    """Train the UNet of a model on a folder of pictures (--data) or on the world: whole, or a LoRA (--lora-rank)."""
 
     model: str = option("weights/tiny", "pipeline folder or file; its VAE and text encoders stay as they are")
+    data: str = option("", "folder of pictures with .txt captions or metadata.jsonl; empty: the world")
+    side: int = option(0, "buckets have the area of a square of this side in pixels; 0: the model's own")
+    bad_images: str = option("error", "what to do about pictures of --data that cannot be used", ("error", "skip"))
+    lora_rank: int = option(0, "train a LoRA of this rank and leave the model as it is; 0 trains the model")
+    lora_alpha: float = option(0.0, "the LoRA counts alpha / rank; 0: the rank")
     from_nothing: bool = option(False, "start a new tiny UNet for the folder's VAE and text encoders")
     steps: int = option(12000, "optimizer steps in all")
     lr: float = option(8e-4, "peak learning rate")
@@ -52,8 +60,9 @@ class Recipe(Base):
 
 def build(config):
     """The pipeline to train: as it is, or its VAE and text encoders with a new UNet."""
-    if not config.from_nothing:
-        return Pipeline.load(config.model)
+    if not config.from_nothing:  # what stays as it is needs no more digits than the arithmetic has
+        half = config.lora_rank and config.precision == "bf16"
+        return Pipeline.load(config.model, torch.bfloat16 if half else torch.float32)
     folder = Path(config.model)
     parts = {name: load_part(open_part(folder / name, name), torch.float32)
              for name in ("vae", "text_encoder", "text_encoder_2")}
@@ -74,6 +83,10 @@ def start_small(unet):
 
 def setup(pipeline, config):
     pipeline.unet.checkpointing = config.checkpointing
+    if config.lora_rank:
+        encoders = [encoder for _, encoder in pipeline.towers] if config.train_text else []
+        return [p for model in (pipeline.unet, *encoders)
+                for p in lora.inject(model, config.lora_rank, config.lora_alpha or None)]
     return list(pipeline.unet.parameters()) + (text_parameters(pipeline) if config.train_text else [])
 
 
@@ -86,8 +99,9 @@ def text_parameters(pipeline):
 
 def data(pipeline, config):
     """Batches of latents of one bucket: x0 and noise [B,4,h,w], t [B], size_ids [B,6], captions (None: left out)."""
-    pictures = [compose(config.seed, i) for i in range(config.scenes)]
+    pictures = pictures_of(pipeline, config)
     latents = encode_pictures(pipeline.vae, pictures)
+    texts = {} if config.train_text or not config.data else encode_texts(pipeline, pictures)
     buckets = list({picture.size: None for picture in pictures})
     members = [[i for i, picture in enumerate(pictures) if picture.size == size] for size in buckets]
     share = torch.tensor([float(len(rows)) for rows in members])
@@ -97,8 +111,9 @@ def data(pipeline, config):
         row = rows[int(torch.randint(len(rows), (), generator=generator))]
         mean, std = latents[row].float()
         u = torch.rand((), generator=generator).item()
-        text = None if u < config.drop / 2 else "" if u < config.drop else caption_of(pictures[row], generator)
-        return {"x0": mean + std * torch.randn(mean.shape, generator=generator),
+        text = None if u < config.drop / 2 else "" if u < config.drop else words_of(pictures[row], generator)
+        known = dict(zip(("context", "pooled"), texts[text])) if texts else {}
+        return {**known, "x0": mean + std * torch.randn(mean.shape, generator=generator),
                 "noise": torch.randn(mean.shape, generator=generator),
                 "t": torch.randint(pipeline.schedule.num_train_timesteps, (), generator=generator),
                 "size_ids": pictures[row].size_ids, "captions": text}
@@ -111,6 +126,28 @@ def data(pipeline, config):
     return batch
 
 
+def pictures_of(pipeline, config):
+    """The pictures to train on: data.Pictures of the world, or Photos of --data."""
+    if not config.data:
+        return [compose(config.seed, i) for i in range(config.scenes)]
+    step = pipeline.vae.config.factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+    return read_folder(config.data, config.side or pipeline.size[0], max(step, 16), config.bad_images == "skip")
+
+
+def words_of(picture, generator):
+    return picture.text if isinstance(picture, Photo) else caption_of(picture, generator)
+
+
+@torch.no_grad()
+def encode_texts(pipeline, pictures):
+    """{text: (context [N,D], pooled [D])} of all captions, of "" and of None, no text at all, which is zeros."""
+    found = {}
+    for text in tqdm({"": None, **{picture.text: None for picture in pictures}}, "texts", leave=False, mininterval=2):
+        context, pooled = encode([text], pipeline.towers, pipeline.sdxl)
+        found[text] = [x[0].cpu() for x in (context, pooled) if x is not None]
+    return found | {None: [torch.zeros_like(x) for x in found[""]]}
+
+
 @torch.no_grad()
 def encode_pictures(vae, pictures, chunk=64):
     """Scaled latents of all pictures: a list of [2,4,h,w], mean and standard deviation, in 16 bits."""
@@ -120,7 +157,9 @@ def encode_pictures(vae, pictures, chunk=64):
         rows = order[start:start + chunk]
         for size in {pictures[i].size for i in rows}:
             same = [i for i in rows if pictures[i].size == size]
-            images = torch.stack(draw([pictures[i] for i in same])).to(device)
+            photos = isinstance(pictures[same[0]], Photo)
+            images = [pictures[i].draw() for i in same] if photos else draw([pictures[i] for i in same])
+            images = torch.stack(images).to(device, next(vae.parameters()).dtype)
             with torch.autocast(device.type, torch.bfloat16):
                 mean, logvar = vae.encode(images)
             std = vae.config.scaling_factor * (0.5 * logvar.float()).exp()
@@ -130,10 +169,10 @@ def encode_pictures(vae, pictures, chunk=64):
 
 
 def loss(pipeline, batch, config):
-    with torch.set_grad_enabled(config.train_text):
-        context, pooled = encode([text or "" for text in batch["captions"]], pipeline.towers)
-    told = torch.tensor([text is not None for text in batch["captions"]], device=pooled.device)
-    context, pooled = context * told[:, None, None], pooled * told[:, None]  # SDXL's "no prompt" is zeros
+    if "context" in batch:
+        context, pooled = batch["context"], batch.get("pooled")
+    else:
+        context, pooled = encode_batch(pipeline, batch["captions"], config.train_text)
 
     def predict(x, t):
         return pipeline.unet(x, t, context, pooled, batch["size_ids"])
@@ -141,11 +180,27 @@ def loss(pipeline, batch, config):
                                             config.min_snr or None).mean()
 
 
+def encode_batch(pipeline, captions, train_text):
+    with torch.set_grad_enabled(train_text):
+        context, pooled = encode([text or "" for text in captions], pipeline.towers, pipeline.sdxl)
+    told = torch.tensor([text is not None for text in captions], device=context.device)
+    return context * told[:, None, None], None if pooled is None else pooled * told[:, None]  # no prompt is zeros
+
+
 def sample(pipeline, config):
     """Two pictures for each of four prompts."""
-    rows = [(prompt, picture) for prompt in PROMPTS for picture in pipeline.generate(prompt, steps=20, n=2)]
+    prompts = PROMPTS
+    if config.data:
+        prompts = list(dict.fromkeys(photo.text for photo in pictures_of(pipeline, config)))[:4]
+    rows = [(prompt, picture) for prompt in prompts for picture in pipeline.generate(prompt, steps=20, n=2)]
     return labelled_grid([picture for _, picture in rows], [prompt for prompt, _ in rows], columns=4)
 
 
 def export(pipeline, folder, config):
-    pipeline.save(folder, torch.float16)
+    """The finished model, a pipeline folder; or the LoRA alone, folder/lora.safetensors, in PEFT's spelling."""
+    if not config.lora_rank:
+        return pipeline.save(folder, torch.float16)
+    states = {name: lora.lora_state_dict(getattr(pipeline, name)) for name in ("unet", "text_encoder", "text_encoder_2")
+              if getattr(pipeline, name) is not None}
+    save_lora({name: state for name, state in states.items() if state}, folder / "lora.safetensors",
+              {"trained on": config.model, "steps": str(config.steps)})

@@ -1,0 +1,109 @@
+"""Training pictures from one's own folder: found and checked before training, each in the bucket of its shape.
+
+A picture's caption is in a .txt file of the same name, or in the folder's metadata.jsonl (`file_name` and `text`, as
+Hugging Face's imagefolder has it). Buckets are sizes of about equal area; a picture is scaled until it covers its
+bucket and cut in the middle, and SDXL is told where: size_ids, arXiv 2307.01952 section 2.2.
+"""
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minipic.common import InputError
+from minipic.image import cover, open_picture, to_tensor
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+WIDEST = 2.0  # the largest ratio of a bucket's sides
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One picture of a folder, with what data.Picture has: `size` (H, W) of its bucket, `original` (H, W) as filed."""
+
+    path: Path
+    text: str
+    original: tuple[int, int]
+    size: tuple[int, int]
+
+    @property
+    def size_ids(self):
+        """Original height and width, crop top and left, target height and width [6]. The crop is in the picture as
+        scaled to cover the bucket."""
+        scale = max(new / old for new, old in zip(self.size, self.original))
+        crop = [max(0, round(old * scale) - new) // 2 for new, old in zip(self.size, self.original)]
+        return torch.tensor([*self.original, *crop, *self.size], dtype=torch.float32)
+
+    def draw(self):
+        """The picture [3,H,W] in [-1,1]."""
+        return to_tensor(cover(open_picture(self.path), self.size[::-1]))
+
+
+def buckets(side, step):
+    """Sizes (H, W), multiples of `step`, of at most side x side pixels and at least one step less, no wider than
+    WIDEST."""
+    found = {}
+    for height in range(step, int(side * math.sqrt(WIDEST)) + step, step):
+        width = side * side // height // step * step
+        if width and max(width / height, height / width) <= WIDEST:
+            found[height, width] = None
+    return list(found)
+
+
+def fit(original, sizes):
+    """The bucket whose shape is nearest to that of `original` (H, W), by the ratio of ratios."""
+    return min(sizes, key=lambda size: abs(math.log(original[0] * size[1] / (original[1] * size[0]))))
+
+
+def captions_in(folder):
+    """({file name: text} of metadata.jsonl, [what is wrong with it])."""
+    found, wrong, path = {}, [], folder / "metadata.jsonl"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else {"file_name": "", "text": ""}
+            found[row["file_name"]] = row["text"]
+        except (ValueError, KeyError, TypeError):
+            wrong.append(f"{path}, line {number}: expected a JSON object with file_name and text")
+    return found, wrong
+
+
+def read_folder(folder, side, step, skip=False, say=print):
+    """All pictures of a folder and its sub-folders as Photos, by name, after every one was opened.
+
+    side: buckets have the area side x side; step: their sides are its multiples. What cannot be used is listed by path
+    and reason; then InputError, unless `skip`, which goes on without it. `say` prints a line of the report.
+    """
+    root, photos = Path(folder), []
+    if not root.is_dir():
+        raise InputError(f"--data {folder}: no such folder")
+    texts, wrong = captions_in(root)
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
+    wrong += [f"{root / name}: named in metadata.jsonl, but not there" for name in texts
+              if name and not (root / name).is_file()]
+    for path in paths:
+        try:
+            text = texts.get(path.relative_to(root).as_posix())
+            text = path.with_suffix(".txt").read_text(encoding="utf-8") if text is None else text
+            if not isinstance(text, str) or not text.strip():
+                raise InputError(f"{path}: its caption is empty")
+            width, height = open_picture(path).size
+            size = fit((height, width), buckets(side, step))
+            photos.append(Photo(path, " ".join(text.split()), (height, width), size))
+        except OSError:
+            wrong.append(f"{path}: has no caption; write {path.with_suffix('.txt').name} or a line in metadata.jsonl")
+        except UnicodeDecodeError:
+            wrong.append(f"{path.with_suffix('.txt')}: is not UTF-8")
+        except InputError as error:
+            wrong.append(str(error))
+    say(f"{folder}: {len(paths)} pictures, {len(photos)} usable" + "".join(f"\n  {line}" for line in wrong))
+    for size, count in sorted(Counter(photo.size for photo in photos).items()):
+        say(f"  bucket {size[1]}x{size[0]}: {count}")
+    if wrong and not skip:
+        raise InputError(f"--data {folder}: {len(wrong)} problems, listed above; mend them or add --bad-images skip")
+    if not photos:
+        raise InputError(f"--data {folder}: no usable picture; put .png or .jpg files with .txt captions there")
+    return photos

@@ -1,0 +1,120 @@
+"""Training on a folder of pictures: what is found, what is refused, and a LoRA from it that sample.py draws with."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+import sample
+import train
+from minipic.common import InputError
+from minipic.folder import buckets, fit, read_folder
+from minipic.image import open_picture, to_tensor
+from minipic.methods import t2i
+from minipic.pipeline import Pipeline
+from minipic.weights import read_weights
+
+
+def picture(path, width, height, caption=None):
+    pixels = np.random.RandomState(width).randint(0, 256, (height, width, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    picture(tmp_path / "photos/a.png", 64, 64, "a  red\ncube")
+    picture(tmp_path / "photos/b.JPG", 200, 100, "a wide one")
+    picture(tmp_path / "photos/deep/c.png", 100, 210)
+    row = {"file_name": "deep/c.png", "text": "a tall one"}
+    (tmp_path / "photos/metadata.jsonl").write_text(json.dumps(row) + "\n\n")
+    return tmp_path / "photos"
+
+
+def test_buckets_have_equal_area_and_the_nearest_shape_is_taken():
+    sizes = buckets(1024, 64)
+    assert (1024, 1024) in sizes and (832, 1216) in sizes and (1216, 832) in sizes
+    for height, width in sizes:
+        assert height % 64 == width % 64 == 0 and max(height / width, width / height) <= 2
+        assert 1024**2 - 64 * height < height * width <= 1024**2
+    assert fit((3000, 2000), sizes) == (1216, 832) and fit((500, 500), sizes) == (1024, 1024)
+
+
+def test_pictures_captions_and_size_ids(folder):
+    said = []
+    photos = {photo.path.name: photo for photo in read_folder(folder, 64, 16, say=said.append)}
+    assert {name: photo.text for name, photo in photos.items()} == {
+        "a.png": "a red cube", "b.JPG": "a wide one", "c.png": "a tall one"}
+    assert photos["a.png"].size_ids.tolist() == [64, 64, 0, 0, 64, 64]
+    assert torch.equal(photos["a.png"].draw(), to_tensor(open_picture(folder / "a.png")))
+    assert photos["b.JPG"].size == (48, 80) and photos["c.png"].size == (80, 48)
+    for photo in photos.values():
+        height, width, top, left, *target = photo.size_ids.tolist()
+        assert (height, width) == photo.original and tuple(target) == photo.size == photo.draw().shape[1:]
+        scale = max(photo.size[0] / height, photo.size[1] / width)
+        assert abs(2 * top + photo.size[0] - height * scale) <= 1 and abs(2 * left + photo.size[1] - width * scale) <= 1
+    assert said[0].endswith("3 pictures, 3 usable") and "  bucket 64x64: 1" in said
+
+
+def test_everything_wrong_is_listed_before_anything_is_trained(folder):
+    (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:400])
+    (folder / "cut.txt").write_text("cut off")
+    picture(folder / "silent.png", 64, 64)
+    picture(folder / "empty.png", 64, 64, " ")
+    picture(folder / "latin.png", 64, 64)
+    (folder / "latin.txt").write_bytes("ein Würfel".encode("latin-1"))
+    with open(folder / "metadata.jsonl", "a") as file:
+        file.write('{"file_name": "gone.png", "text": "gone"}\nnonsense\n')
+    said = []
+    with pytest.raises(InputError, match="6 problems.*--bad-images skip"):
+        read_folder(folder, 64, 16, say=said.append)
+    for words in ("cut.png: expected a PNG", "silent.png: has no caption; write silent.txt", "empty.png: its caption",
+                  "latin.txt: is not UTF-8", "gone.png: named in metadata.jsonl", "metadata.jsonl, line 4: expected"):
+        assert words in said[0]
+    assert len(read_folder(folder, 64, 16, skip=True, say=said.append)) == 3
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path):
+    for name, words in (("nowhere", "no such folder"), (".", "no usable picture")):
+        with pytest.raises(InputError, match=words):
+            read_folder(tmp_path / name, 64, 16, say=str)
+
+
+def test_texts_encoded_once_are_those_encoded_each_time(folder):
+    pipeline, config = tiny.build(), t2i.Recipe(data=str(folder), seed=1, drop=0.6)
+    batch = t2i.data(pipeline, config)(0, range(12))
+    assert {None, ""} < set(batch["captions"])
+    context, pooled = t2i.encode_batch(pipeline, batch["captions"], False)
+    torch.testing.assert_close(batch["context"], context, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(batch["pooled"], pooled, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("extra", [(), ("--train-text",), ("--precision", "fp32", "--lora-alpha", "8")])
+def test_a_lora_from_a_folder_is_drawn_with(folder, tmp_path, extra, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = str(tiny.folder())
+    assert train.main(["t2i", "--data", str(folder), "--model", model, "--lora-rank", "4", "--steps", "2", "--batch",
+                       "2", "--sample-every", "2", "--ema", "0", "--warmup", "0", "--out", "run", *extra]) == 0
+    found = read_weights("run/model/lora.safetensors")
+    parts = {name.split(".")[0] for name in found}
+    assert parts == ({"unet", "text_encoder", "text_encoder_2"} if "--train-text" in extra else {"unet"})
+    assert all(x.abs().max() > 0 for name, x in found.items() if "lora_B" in name and "text_encoder." not in name)
+    assert sample.main(["a red cube", "--model", model, "--steps", "2", "--n", "1", "--device", "cpu", "--lora",
+                        "run/model/lora.safetensors"]) == 0
+    plain = Pipeline.load(model).generate("a red cube", steps=2)[0]
+    assert open_picture("pictures/picture.png").tobytes() != plain.tobytes()
+
+
+def test_bad_pictures_stop_training_with_exit_code_2(folder, tmp_path, capsys):
+    picture(folder / "silent.png", 64, 64)
+    flags = ["t2i", "--data", str(folder), "--model", str(tiny.folder()), "--lora-rank", "4", "--steps", "1", "--batch",
+             "2", "--sample-every", "0", "--out", str(tmp_path / "run")]
+    assert train.main(flags) == 2
+    output = capsys.readouterr()
+    assert "silent.png: has no caption" in output.out and "1 problems" in output.err
+    assert train.main([*flags, "--bad-images", "skip"]) == 0
