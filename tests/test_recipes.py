@@ -1,6 +1,7 @@
 """The base recipes: what they feed, what they minimise, and from nothing to a pipeline folder in a few steps each."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from minipic.data import KINDS, caption_of, compose, draw
 from minipic.methods import clip, t2i, vae
 from minipic.pipeline import Pipeline
 from minipic.world.caption import parse
-from minipic.world.scene import render
+from minipic.world.scene import is_held_out, render
 
 PICTURES = [compose(3, i) for i in range(400)]
 
@@ -84,6 +85,33 @@ def test_cut_captions_pool_as_whole_ones(towers):
     for name, encoder, tokenizer in zip(("ids", "ids_2"), (towers.text_encoder, towers.text_encoder_2),
                                         towers.tokenizers):
         torch.testing.assert_close(encoder(cut[name])[1], encoder(tokenizer(captions))[1], rtol=1e-5, atol=1e-5)
+
+
+def test_siblings_differ_in_one_thing_and_hold_no_unseen_pair():
+    changed = 0
+    for family in range(0, 80, clip.FAMILY):
+        first, *others = (clip.sibling(3, family + i) for i in range(clip.FAMILY))
+        assert first == compose(3, family)
+        for other in others:
+            assert replace(other, scenes=first.scenes) == first
+            pairs = list(zip(first.scenes[0].objects, other.scenes[0].objects))
+            assert sum(a != b for a, b in pairs) <= 1 and not any(is_held_out(b) for _, b in pairs)
+            changed += other != first
+    assert changed > 40  # of 60; panels have none
+
+
+def test_every_trained_weight_gets_a_gradient():
+    """Several processes wait for the gradient of every trained weight: what the UNet never sees must stay out."""
+    from tiny import build
+    pipeline, config = build(), t2i.Recipe(train_text=True)
+    params = t2i.setup(pipeline, config)
+    t2i.loss(pipeline, {
+        "x0": torch.randn(2, 4, 16, 16), "noise": torch.randn(2, 4, 16, 16), "t": torch.tensor([10, 500]),
+        "size_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2), "captions": ["a red cube", None]}, config).backward()
+    assert all(p.grad is not None for p in params)
+    last = pipeline.text_encoder.text_model.encoder.layers[-1]
+    assert {id(p) for p in last.parameters()}.isdisjoint(map(id, params))
+    assert len(params) > sum(1 for _ in pipeline.unet.parameters()) + 40
 
 
 def test_from_nothing_to_a_pipeline(tmp_path):
