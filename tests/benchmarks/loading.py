@@ -114,7 +114,8 @@ def main():
             base = best["safetensors to bf16" if case.endswith("bf16") else "safetensors"]
             row["ratio"], row["cpu_ratio"] = (round(row[key] / base[key], 3) for key in ("seconds", "cpu_seconds"))
             print(f"{layout:18} {case:19} {row['seconds']:6.2f} s ({row['cpu_seconds']:5.2f} s CPU), "
-                  f"ratio {row['ratio']:.2f} ({row['cpu_ratio']:.2f}), {row['weights'] / 1e9:.2f} GB + {row['beyond_weights'] / 1e9:.2f} GB")
+                  f"ratio {row['ratio']:.2f} ({row['cpu_ratio']:.2f}), {row['weights'] / 1e9:.2f} GB + "
+                  f"{row['beyond_weights'] / 1e9:.2f} GB")
     write_json({"command": "python tests/benchmarks/loading.py --folder DIR", "date": str(date.today()),
                 "machine": f"{platform.machine()}, 1 thread", "repeats": arguments.repeats, "torch": torch.__version__,
                 "safetensors": safetensors.__version__, "results": results}, Path(__file__).with_suffix(".json"))

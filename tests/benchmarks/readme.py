@@ -67,7 +67,8 @@ def quality_table(quality):
     yield from (f"| {name} | {row['whole']:.3f} | {row['frechet']:.2f} |" for name, row in sweeps)
     drawn, floor = found["frechet"].values()
     yield from ["", f"Fréchet distance of judge features, two objects: drawn to rendered {drawn:.2f}, "
-                f"rendered to other rendered {floor:.2f}. VAE: {found['vae psnr']:.1f} dB PSNR on renders it never saw.", "",
+                f"rendered to other rendered {floor:.2f}. VAE: {found['vae psnr']:.1f} dB PSNR on renders it never saw.",
+                "",
                 f"`{quality['command']}`, {quality['pictures']} pictures a cell, {quality['seeds']} seed(s), "
                 f"mean and spread; {quality['date']}, {quality['cpu']}, torch {quality['torch']}."]
 
@@ -80,14 +81,14 @@ def loading_table(loading):
         for case in ("minipic", "minipic to bf16"):
             row = cases[case]
             yield f"| {layout}, {case} | {row['ratio']:.2f} | {row['beyond_weights'] / 1e9:.2f} GB |"
-    yield from ["", "Over safetensors: `load_file` and one copy, or one conversion, of each tensor. Random weights in the "
-                f"official layouts; `{loading['command']}`, {loading['date']}, {loading['machine']}."]
+    yield from ["", "Over safetensors: `load_file` and one copy, or one conversion, of each tensor. Random weights in "
+                f"the official layouts; `{loading['command']}`, {loading['date']}, {loading['machine']}."]
 
 
 def world_lines(world):
     speed = world["results"]
-    yield from ["", f"The world samples and renders {speed['sample and render']:.0f} scenes of 64x64 a second on one core "
-                f"(`{world['command']}`, {world['date']}, {world['cpu']}).", ""]
+    yield from ["", f"The world samples and renders {speed['sample and render']:.0f} scenes of 64x64 a second on one "
+                f"core (`{world['command']}`, {world['date']}, {world['cpu']}).", ""]
 
 
 def cell(values):

@@ -1,0 +1,109 @@
+"""attention()'s backends beside PyTorch's own kernels, at SDXL's shapes. Writes attention.json beside.
+
+    python tests/benchmarks/attention.py [--rounds 30]
+
+Interleaved in one process on the same inputs; the median on a GPU (events), the smallest processor time of one thread
+on a CPU, where other programs run too. On a GPU also forward and backward together. A kernel that gives other numbers
+than the formula in float32 is an error.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+from record import record  # noqa: E402
+
+from minipic.layers.attention import attention  # noqa: E402
+
+GPU = torch.cuda.is_available()
+SHAPES = {"self, 64x64 latents": (10, 4096, 4096), "self, 32x32 latents": (20, 1024, 1024),  # heads, N, M; d is 64
+          "text, 64x64 latents": (10, 4096, 77), "text, 32x32 latents": (20, 1024, 77)}
+PEERS = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+         "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION}
+OURS = ["chunked", "triton"] if GPU else ["math", "chunked"]
+
+
+def peer(backend, q, k, v):
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def candidates():
+    """{name: attention}; the first is what a user has without us."""
+    found = {"sdpa": lambda q, k, v: F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)}
+    if GPU:
+        from torch.nn.attention.flex_attention import flex_attention
+        flex = torch.compile(flex_attention)
+        found |= {name: partial(peer, backend) for name, backend in PEERS.items()}
+        found["flex"] = lambda q, k, v: flex(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    return found | {f"minipic {name}": partial(attention, backend=name) for name in OURS}
+
+
+def backward(run, q, k, v):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    torch.autograd.grad(run(*leaves).sum(), leaves)
+
+
+def measure(works, rounds):
+    """{name: seconds}, one call of each in turn."""
+    times = {name: [] for name in works}
+    for turn in range(rounds + 2):
+        for name, work in works.items():
+            if GPU:
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record(), work(), end.record(), torch.cuda.synchronize()
+                seconds = start.elapsed_time(end) / 1e3
+            else:
+                start = time.process_time()
+                work()
+                seconds = time.process_time() - start
+            times[name] += [seconds] if turn > 1 else []  # the first two turns warm up
+    return {name: statistics.median(values) if GPU else min(values) for name, values in times.items()}
+
+
+def compare(shape, dtype, rounds):
+    heads, n, m = shape
+    make = partial(torch.randn, device="cuda" if GPU else "cpu", dtype=dtype)
+    q, k, v = (make(1 + GPU, size, heads, 64) for size in (n, m, m))
+    expected, works = attention(q.float(), k.float(), v.float(), backend="math"), {}
+    for name, run in candidates().items():
+        with torch.no_grad():
+            error = (run(q, k, v).float() - expected).abs().max().item() / expected.abs().max().item()
+        assert error < (1e-5 if dtype == torch.float32 else 2e-2), f"{name} is wrong by {error:.1e}"
+        works[name] = torch.no_grad()(partial(run, q, k, v))
+    seconds = measure(works, rounds)
+    rows = {"forward": {name: {"ms": 1e3 * t, "speed over sdpa": seconds["sdpa"] / t} for name, t in seconds.items()}}
+    if GPU:
+        both = measure({name: partial(backward, run, q, k, v) for name, run in candidates().items()}, rounds)
+        rows["forward and backward"] = {name: {"ms": 1e3 * t, "speed over sdpa": both["sdpa"] / t}
+                                        for name, t in both.items()}
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=30)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {}
+    for dtype in (torch.bfloat16,) if GPU else (torch.bfloat16, torch.float32):
+        for name, shape in SHAPES.items():
+            label = f"{name}, {str(dtype).removeprefix('torch.')}"
+            results[label] = compare(shape, dtype, options.rounds)
+            for direction, rows in results[label].items():
+                print(f"{label}, {direction}: " + "  ".join(
+                    f"{kind} {row['ms']:.2f} ms ({row['speed over sdpa']:.2f}x)" for kind, row in rows.items()))
+    print(record("attention", results))
+
+
+if __name__ == "__main__":
+    main()
