@@ -31,7 +31,7 @@ FAMILY, EDITS = 4, ("recolour", "move", "resize", "reshape")  # pictures that ar
 class Recipe(Base):
     """Train both text encoders and the vision tower to match pictures with their captions."""
 
-    steps: int = option(1500, "optimizer steps in all")
+    steps: int = option(2500, "optimizer steps in all")
     batch: int = option(64, "picture and caption pairs a step")
     lr: float = option(1e-3, "peak learning rate")
     weight_decay: float = option(0.1, "AdamW's decay of matrices and kernels (never of biases and norms)")
