@@ -246,7 +246,11 @@ def load_lora(path, models, partial=False):
         raise InputError(f"{path}: {len(strangers)} of {len(entries)} tensors fit no part of this model "
                          f"({', '.join(strangers[:3])}{', ...' * (len(strangers) > 3)}); use a LoRA made for it, "
                          "or --lora-allow-partial")
-    found, noted = {}, lora_metadata(metadata)
+    try:
+        noted = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
+    except (ValueError, TypeError):
+        raise InputError(f"{path}: the header's lora_adapter_metadata is damaged; fetch the file again") from None
+    found = {}
     for name, tensor in stream(path, {name: entry for name, entry in entries.items() if name in fitting}):
         part, spelling, role = places[name]
         found.setdefault((part, known[part][spelling]), {})[role] = tensor
@@ -254,23 +258,21 @@ def load_lora(path, models, partial=False):
     for (part, module), tensors in found.items():
         layer = models[part].get_submodule(module)
         a, b = (tensors.get(role) for role in "AB")
-        wanted = tuple(getattr(layer, "weight", torch.empty(0)).shape)
-        fits = a is not None and b is not None and len(wanted) > 1 and (
+        wanted = tuple(layer.weight.shape) if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)) else ()
+        fits = a is not None and b is not None and wanted and (
             len(b), b.numel() // len(b), a.numel() // len(a)) == (wanted[0], len(a), math.prod(wanted[1:]))
         if not fits:
             raise InputError(f"{path}: the LoRA of {part}.{module} does not fit its weight {list(wanted)}; "
                              "use a LoRA made for this model")
-        alpha = tensors["alpha"].item() if "alpha" in tensors else noted.get(f"{part}.lora_alpha", len(a))
+        alpha = tensors.get("alpha", noted_alpha(noted, part, module, len(a)))
         loras.setdefault(part, {})[module] = a, b, float(alpha)
     return loras
 
 
-def lora_metadata(metadata):
-    """The settings that newer diffusers notes in the header: its files hold no alpha."""
-    try:
-        return json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError:
-        return {}
+def noted_alpha(noted, part, module, rank):
+    """alpha as newer diffusers notes it in the header, for its files hold no tensor of it."""
+    alpha = noted.get(f"{part}.lora_alpha", rank)
+    return (noted.get(f"{part}.alpha_pattern") or {}).get(module, rank if alpha is None else alpha)
 
 
 def save_lora(states, path, metadata=None, kohya=False):

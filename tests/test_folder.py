@@ -103,7 +103,8 @@ def test_a_lora_from_a_folder_is_drawn_with(folder, tmp_path, extra, monkeypatch
     found = read_weights("run/model/lora.safetensors")
     parts = {name.split(".")[0] for name in found}
     assert parts == ({"unet", "text_encoder", "text_encoder_2"} if "--train-text" in extra else {"unet"})
-    assert all(x.abs().max() > 0 for name, x in found.items() if "lora_B" in name and "text_encoder." not in name)
+    assert all(x.abs().max() > 0 for name, x in found.items() if "lora_B" in name)
+    assert not any("text_encoder.text_model.encoder.layers.2." in name for name in found)  # the UNet never sees it
     assert sample.main(["a red cube", "--model", model, "--steps", "2", "--n", "1", "--device", "cpu", "--lora",
                         "run/model/lora.safetensors"]) == 0
     plain = Pipeline.load(model).generate("a red cube", steps=2)[0]
@@ -118,3 +119,5 @@ def test_bad_pictures_stop_training_with_exit_code_2(folder, tmp_path, capsys):
     output = capsys.readouterr()
     assert "silent.png: has no caption" in output.out and "1 problems" in output.err
     assert train.main([*flags, "--bad-images", "skip"]) == 0
+    assert train.main([*flags, "--from-nothing"]) == 2
+    assert "leave out --from-nothing" in capsys.readouterr().err

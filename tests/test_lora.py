@@ -1,5 +1,7 @@
 """LoRA: the layer's identities, files in every spelling, and what PEFT and diffusers make of ours."""
 
+import json
+
 import peers
 import pytest
 import torch
@@ -186,11 +188,26 @@ def test_kohya_and_peft_files_of_ours_come_back(tmp_path, pipeline):
     (lambda t: {k: v[:, :3] if "down" in k else v for k, v in t.items()}, r"does not fit its weight \["),
     (lambda t: {k: v for k, v in t.items() if "up" not in k}, "does not fit"),
     (lambda t: {"x": torch.ones(2)}, "1 of 1 tensors fit no part"),
+    (lambda t: {f"text_encoder.text_model.embeddings.token_embedding.lora_{x}.weight": torch.ones(4, 4) for x in "AB"},
+     "token_embedding does not fit"),
 ])
 def test_what_does_not_fit_is_refused_by_name(change, words, tmp_path, pipeline):
     path = written(tmp_path / "x.safetensors", "kohya, sgm blocks")
     save_weights(change({name: x.clone() for name, x in read_weights(path).items()}), path)
     with pytest.raises(InputError, match=words):
+        load_lora(path, parts(pipeline))
+
+
+def test_alpha_may_stand_in_the_header(tmp_path, pipeline):
+    path = written(tmp_path / "x.safetensors", "PEFT")
+    module = f"text_model.{TEXT}"
+    noted = {"unet.lora_alpha": 2, "text_encoder.lora_alpha": 3, "text_encoder.alpha_pattern": {module: 5}}
+    tensors = {name: x.clone() for name, x in read_weights(path).items()}
+    save_weights(tensors, path, {"lora_adapter_metadata": json.dumps(noted)})
+    found = load_lora(path, parts(pipeline))
+    assert found["unet"][UNET][2] == 2 and found["text_encoder"][module][2] == 5
+    save_weights(tensors, path, {"lora_adapter_metadata": "{"})
+    with pytest.raises(InputError, match="lora_adapter_metadata is damaged"):
         load_lora(path, parts(pipeline))
 
 

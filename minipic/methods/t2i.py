@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minipic.common import option, random
+from minipic.common import InputError, option, random
 from minipic.data import caption_of, compose, draw
 from minipic.diffusion.schedule import Schedule
 from minipic.folder import Photo, read_folder
@@ -60,6 +60,8 @@ class Recipe(Base):
 
 def build(config):
     """The pipeline to train: as it is, or its VAE and text encoders with a new UNet."""
+    if config.from_nothing and config.lora_rank:
+        raise InputError("--lora-rank changes a model that is there; leave out --from-nothing")
     if not config.from_nothing:  # what stays as it is needs no more digits than the arithmetic has
         half = config.lora_rank and config.precision == "bf16"
         return Pipeline.load(config.model, torch.bfloat16 if half else torch.float32)
@@ -84,9 +86,11 @@ def start_small(unet):
 def setup(pipeline, config):
     pipeline.unet.checkpointing = config.checkpointing
     if config.lora_rank:
-        encoders = [encoder for _, encoder in pipeline.towers] if config.train_text else []
-        return [p for model in (pipeline.unet, *encoders)
-                for p in lora.inject(model, config.lora_rank, config.lora_alpha or None)]
+        models = [pipeline.unet, *(encoder for _, encoder in pipeline.towers if config.train_text)]
+        unseen = f"(?!.*layers\\.{len(models[1].text_model.encoder.layers) - 1}\\.)" if len(models) == 3 else ""
+        matches = [lora.ATTENTION, f"{unseen}(?:{lora.ATTENTION})", lora.ATTENTION]  # SDXL skips that last layer
+        return [p for model, match in zip(models, matches)
+                for p in lora.inject(model, config.lora_rank, config.lora_alpha or None, match)]
     return list(pipeline.unet.parameters()) + (text_parameters(pipeline) if config.train_text else [])
 
 
@@ -100,6 +104,7 @@ def text_parameters(pipeline):
 def data(pipeline, config):
     """Batches of latents of one bucket: x0 and noise [B,4,h,w], t [B], size_ids [B,6], captions (None: left out)."""
     pictures = pictures_of(pipeline, config)
+    pipeline.prompts = list(dict.fromkeys(photo.text for photo in pictures))[:4] if config.data else PROMPTS
     latents = encode_pictures(pipeline.vae, pictures)
     texts = {} if config.train_text or not config.data else encode_texts(pipeline, pictures)
     buckets = list({picture.size: None for picture in pictures})
@@ -188,11 +193,8 @@ def encode_batch(pipeline, captions, train_text):
 
 
 def sample(pipeline, config):
-    """Two pictures for each of four prompts."""
-    prompts = PROMPTS
-    if config.data:
-        prompts = list(dict.fromkeys(photo.text for photo in pictures_of(pipeline, config)))[:4]
-    rows = [(prompt, picture) for prompt in prompts for picture in pipeline.generate(prompt, steps=20, n=2)]
+    """Two pictures for each of four prompts: of the folder's, or PROMPTS."""
+    rows = [(prompt, picture) for prompt in pipeline.prompts for picture in pipeline.generate(prompt, steps=20, n=2)]
     return labelled_grid([picture for _, picture in rows], [prompt for prompt, _ in rows], columns=4)
 
 
