@@ -80,7 +80,9 @@ def read_folder(folder, side, step, skip=False, say=print):
     root, photos = Path(folder), []
     if not root.is_dir():
         raise InputError(f"--data {folder}: no such folder")
-    texts, wrong = captions_in(root)
+    sizes, (texts, wrong) = buckets(side, step), captions_in(root)
+    if not sizes:
+        raise InputError(f"--side {side}: must be at least {step}")
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
     wrong += [f"{root / name}: named in metadata.jsonl, but not there" for name in texts
               if name and not (root / name).is_file()]
@@ -91,7 +93,7 @@ def read_folder(folder, side, step, skip=False, say=print):
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"{path}: its caption is empty")
             width, height = open_picture(path).size
-            size = fit((height, width), buckets(side, step))
+            size = fit((height, width), sizes)
             photos.append(Photo(path, " ".join(text.split()), (height, width), size))
         except OSError:
             wrong.append(f"{path}: has no caption; write {path.with_suffix('.txt').name} or a line in metadata.jsonl")

@@ -45,12 +45,12 @@ class Pipeline(nn.Module):
         self.loras = {}  # {name: (scale, {part: {module: (A, B, alpha)}})}
 
     @classmethod
-    def load(cls, path, dtype=None, device=None, vae=None, lazy=False, check_hashes=False, loras=()):
+    def load(cls, path, dtype=None, device=None, vae=None, lazy=False, check_hashes=False, lora=()):
         """A model from a diffusers folder or a single .safetensors file, whose tokenizers lie in folders beside it.
 
         `dtype` (default float32) and `device` (default CPU) of the networks; in float16 a VAE that would overflow stays
         float32. `vae`: another VAE's folder or file. `lazy`: read each network when it is needed and free the text
-        encoders before the UNet. `check_hashes`: accept official files only. `loras`: files, or (file, scale) pairs,
+        encoders before the UNet. `check_hashes`: accept official files only. `lora`: files, or (file, scale) pairs,
         see `add_lora`. Raises InputError naming what is wrong.
         """
         dtype, path = dtype or torch.float32, Path(path)
@@ -70,7 +70,7 @@ class Pipeline(nn.Module):
         if not lazy:
             pipeline.fetch(*parts)
             pipeline.lazy = {}
-        for file in loras:
+        for file in lora:
             pipeline.add_lora(*(file if isinstance(file, tuple) else (file,)))
         return pipeline
 

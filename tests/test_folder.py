@@ -85,6 +85,15 @@ def test_a_folder_without_pictures_is_refused(tmp_path):
             read_folder(tmp_path / name, 64, 16, say=str)
 
 
+def test_settings_that_make_no_sense_are_refused(folder, capsys):
+    for flags, words in ((("--lora-rank", "-3"), "--lora-rank must be at least 0, not -3"),
+                         (("--lora-alpha", "nan"), "--lora-alpha must be at least 0, not nan"),
+                         (("--side", "8"), "--side 8: must be at least 16")):
+        assert train.main(["t2i", "--data", str(folder), "--model", str(tiny.folder()), "--steps", "1", "--out",
+                           str(folder.parent / "run"), *flags]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_texts_encoded_once_are_those_encoded_each_time(folder):
     pipeline, config = tiny.build(), t2i.Recipe(data=str(folder), seed=1, drop=0.6)
     batch = t2i.data(pipeline, config)(0, range(12))

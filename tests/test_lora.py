@@ -233,7 +233,7 @@ def test_pipeline_draws_with_loras_and_without_again(tmp_path):
     folder = tmp_path / "model"
     build(folder=folder)
     for lazy in (False, True):
-        assert torch.equal(draw(Pipeline.load(folder, lazy=lazy, loras=[(path, 0.5)])), with_lora)
+        assert torch.equal(draw(Pipeline.load(folder, lazy=lazy, lora=[(path, 0.5)])), with_lora)
 
 
 # Peers ------------------------------------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ def test_loras_reach_the_pipeline_and_come_back_with_from():
         save_weights({f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(32, 2)},
                      f"{i}.safetensors")
     assert run(PROMPT, "--n", "1", "--guidance", "0", "--lora", "0.safetensors:-0.5", "--lora", "1.safetensors", "--out", "lora.png") == 0
-    pipeline = Pipeline.load(tiny.folder(), loras=[("0.safetensors", -0.5), "1.safetensors"])
+    pipeline = Pipeline.load(tiny.folder(), lora=[("0.safetensors", -0.5), "1.safetensors"])
     assert same("lora.png", pipeline.generate(PROMPT, steps=3, guidance=0)[0])
     assert not same("lora.png", drawn(guidance=0)[0])
     assert sample.main(["--from", "lora.png", "--out", "again.png"]) == 0

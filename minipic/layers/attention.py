@@ -15,7 +15,7 @@ def choose(q, k):
     short = k.shape[1] <= 256 and q.device.type == "cpu" and torch.is_grad_enabled() and k.requires_grad
     if short:  # PyTorch's CPU kernel is about 5 times slower than the formula backwards, on few keys
         return "math"
-    return "chunked" if q.shape[-1] > 256 and q.is_cuda else "sdpa"  # no fused CUDA kernel has heads this wide
+    return "chunked" if q.shape[-1] > 256 and q.is_cuda else "sdpa"  # flash kernels stop at 256
 
 
 def attention(q, k, v, causal=False, backend=None):

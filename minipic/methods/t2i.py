@@ -1,7 +1,7 @@
 """Trains text-to-image: the UNet learns to predict the noise in latents, given the text and the size ids.
 
-DDPM's loss (arXiv 2006.11239 equation 14) on the latents of a frozen VAE, text from two frozen encoders, SDXL's
-conditioning (arXiv 2307.01952), Min-SNR weights (arXiv 2303.09556).
+DDPM's loss (arXiv 2006.11239 equation 14) on the latents of a frozen VAE, text from two encoders that are frozen too
+unless --train-text, SDXL's conditioning (arXiv 2307.01952), Min-SNR weights (arXiv 2303.09556).
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ def tiny(context_width, pooled_width):
 class Recipe(Base):
     """Train the UNet of a model on a folder of pictures (--data) or on the world: whole, or a LoRA (--lora-rank)."""
 
-    model: str = option("weights/tiny", "pipeline folder or file; its VAE and text encoders stay as they are")
+    model: str = option("weights/tiny", "pipeline folder or file; its VAE stays as it is")
     data: str = option("", "folder of pictures with .txt captions or metadata.jsonl; empty: the world")
     side: int = option(0, "buckets have the area of a square of this side in pixels; 0: the model's own")
     bad_images: str = option("error", "what to do about pictures of --data that cannot be used", ("error", "skip"))
@@ -57,11 +57,17 @@ class Recipe(Base):
     train_text: bool = option(False, "train the text encoders too; CLIP alone tells colours apart long before shapes")
     drop: float = option(0.1, "share of captions left out, for guidance: half zeros, half the empty prompt")
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("side", "lora_rank", "lora_alpha"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
+        if self.from_nothing and self.lora_rank:
+            raise InputError("--lora-rank changes a model that is there; leave out --from-nothing")
+
 
 def build(config):
     """The pipeline to train: as it is, or its VAE and text encoders with a new UNet."""
-    if config.from_nothing and config.lora_rank:
-        raise InputError("--lora-rank changes a model that is there; leave out --from-nothing")
     if not config.from_nothing:  # what stays as it is needs no more digits than the arithmetic has
         half = config.lora_rank and config.precision == "bf16"
         return Pipeline.load(config.model, torch.bfloat16 if half else torch.float32)
@@ -85,20 +91,18 @@ def start_small(unet):
 
 def setup(pipeline, config):
     pipeline.unet.checkpointing = config.checkpointing
+    trained = [pipeline.unet, *(text_layers(pipeline) if config.train_text else [])]
     if config.lora_rank:
-        models = [pipeline.unet, *(encoder for _, encoder in pipeline.towers if config.train_text)]
-        unseen = f"(?!.*layers\\.{len(models[1].text_model.encoder.layers) - 1}\\.)" if len(models) == 3 else ""
-        matches = [lora.ATTENTION, f"{unseen}(?:{lora.ATTENTION})", lora.ATTENTION]  # SDXL skips that last layer
-        return [p for model, match in zip(models, matches)
-                for p in lora.inject(model, config.lora_rank, config.lora_alpha or None, match)]
-    return list(pipeline.unet.parameters()) + (text_parameters(pipeline) if config.train_text else [])
+        return [p for part in trained for p in lora.inject(part, config.lora_rank, config.lora_alpha or None)]
+    if config.train_text:
+        trained += [encoder.text_model.embeddings for _, encoder in pipeline.towers[:-1]]
+    return [p for part in trained for p in part.parameters()]
 
 
-def text_parameters(pipeline):
-    """What of the text encoders the UNet sees: of all but the last, only the layers up to the last but one."""
-    *others, last = [encoder.text_model for _, encoder in pipeline.towers]
-    used = [p for model in others for part in (model.embeddings, *model.encoder.layers[:-1]) for p in part.parameters()]
-    return used + list(pipeline.towers[-1][1].parameters())
+def text_layers(pipeline):
+    """What of the text encoders the UNet sees, but for embeddings: of all but the last encoder, the last layer not."""
+    *others, last = [encoder for _, encoder in pipeline.towers]
+    return [encoder.text_model.encoder.layers[:-1] for encoder in others] + [last]
 
 
 def data(pipeline, config):
