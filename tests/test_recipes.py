@@ -87,6 +87,35 @@ def test_cut_captions_pool_as_whole_ones(towers):
         torch.testing.assert_close(encoder(cut[name])[1], encoder(tokenizer(captions))[1], rtol=1e-5, atol=1e-5)
 
 
+def test_facts_of_a_caption_are_the_answers_to_its_questions():
+    facts = clip.facts_of("two panels: a small red and blue striped torus left of a cube on a pink floor | a cone at night")
+    said = {i: list(names)[answer - 1] for i, (answer, names) in enumerate(zip(facts, 2 * clip.PANEL)) if answer}
+    assert said == {0: "red", 1: "blue", 2: "torus", 3: "small", 4: "striped", 8: "cube", 18: "left", 20: "pink",
+                    22 + 2: "cone", 22 + 21: "night"}
+    assert len(facts) == len(clip.FACTS) == 44 and not any(clip.facts_of("an object"))
+
+
+def test_clip_learns_the_facts_that_contrast_leaves(towers):
+    """The heads' loss is the cross-entropy of the facts, and it teaches both encoders."""
+    pictures = [compose(3, i) for i in range(4)]
+    captions = [caption_of(picture, random(3, i)) for i, picture in enumerate(pictures)]
+    batch = {"image": torch.stack([clip.squash(x) for x in draw(pictures)]), **clip.tokens(towers, captions),
+             "facts": torch.tensor([clip.facts_of(caption) for caption in captions])}
+    loss, numbers = clip.loss(towers, batch, clip.Recipe())
+    states, states_2 = (encoder(batch[ids])[0][-2] for encoder, ids in ((towers.text_encoder, "ids"),
+                                                                        (towers.text_encoder_2, "ids_2")))
+    told = 0.0
+    for head, x in zip(towers.facts, (states.mean(1), states_2.mean(1), towers.text_encoder_2(batch["ids_2"])[1])):
+        x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + 1e-5) ** 0.5
+        start = 0
+        for width, right in zip(clip.FACTS, batch["facts"].T):
+            chances = (x @ head.weight.T + head.bias)[:, start:start + width].softmax(1)
+            told, start = told - chances[range(4), right].log().mean(), start + width
+    torch.testing.assert_close(numbers["facts"], told, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    assert all(p.grad is not None for p in towers.text_encoder_2.parameters())
+
+
 def test_siblings_differ_in_one_thing_and_hold_no_unseen_pair():
     changed = 0
     for family in range(0, 80, clip.FAMILY):
