@@ -49,6 +49,7 @@ class Settings:
     refiner: str = option(None, "a second model for the last fifth of the noise schedule")
     vae: str = option(None, "another VAE: a folder or file")
     lora: tuple[str, ...] = option((), "LoRA file, or FILE:SCALE; give the flag once for each")
+    embedding: tuple[str, ...] = option((), "textual inversion file, or FILE:WORD; give the flag once for each")
     lora_allow_partial: bool = option(False, "use a LoRA although some of its tensors fit no layer of this model")
     original_size: str = option(None, "WIDTHxHEIGHT that SDXL is told the training picture had; --size if left out")
     crop: str = option("0,0", "LEFT,TOP of the cut that SDXL is told was made from that picture")
@@ -115,6 +116,13 @@ def add_loras(pipeline, config):
         pipeline.add_lora(path, scale, config.lora_allow_partial)
 
 
+def add_embeddings(pipeline, config):
+    """Add every --embedding FILE[:WORD]."""
+    for text in config.embedding:
+        path, mark, word = text.partition(".safetensors")
+        pipeline.add_embedding(path + mark, word.removeprefix(":") or None)
+
+
 def read_prompts(config):
     """All prompts; those that this process draws are every WORLD_SIZE-th."""
     prompts = list(config.prompt)
@@ -173,6 +181,7 @@ def draw(config):
     load = {"dtype": DTYPES[dtype], "device": device, "lazy": True, "check_hashes": config.verify}
     pipeline = Pipeline.load(config.model, vae=config.vae, **load)
     add_loras(pipeline, config)
+    add_embeddings(pipeline, config)
     refiner = Pipeline.load(config.refiner, **load) if config.refiner else None
     size, sampler, grid = pipeline.plan(config.steps, config.n, pair(config.size, "size", "x"), config.sampler, image,
                                         config.strength, mask)

@@ -71,11 +71,12 @@ def captions_in(folder):
     return found, wrong
 
 
-def read_folder(folder, side, step, skip=False, say=print):
+def read_folder(folder, side, step, skip=False, caption="", say=print):
     """All pictures of a folder and its sub-folders as Photos, by name, after every one was opened.
 
     side: buckets have the area side x side; step: their sides are its multiples. What cannot be used is listed by path
-    and reason; then InputError, unless `skip`, which goes on without it. `say` prints a line of the report.
+    and reason; then InputError, unless `skip`, which goes on without it. caption: of pictures that have none. `say`
+    prints a line of the report.
     """
     root, photos = Path(folder), []
     if not root.is_dir():
@@ -89,14 +90,16 @@ def read_folder(folder, side, step, skip=False, say=print):
     for path in paths:
         try:
             text = texts.get(path.relative_to(root).as_posix())
-            text = path.with_suffix(".txt").read_text(encoding="utf-8") if text is None else text
+            file = path.with_suffix(".txt")
+            if text is None:
+                text = caption if caption and not file.exists() else file.read_text(encoding="utf-8")
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"{path}: its caption is empty")
             width, height = open_picture(path).size
             size = fit((height, width), sizes)
             photos.append(Photo(path, " ".join(text.split()), (height, width), size))
         except OSError:
-            wrong.append(f"{path}: has no caption; write {path.with_suffix('.txt').name} or a line in metadata.jsonl")
+            wrong.append(f"{path}: has no caption; write {file.name}, a line in metadata.jsonl or --caption")
         except UnicodeDecodeError:
             wrong.append(f"{path.with_suffix('.txt')}: is not UTF-8")
         except InputError as error:

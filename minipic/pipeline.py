@@ -16,6 +16,7 @@ from minipic.common import InputError
 from minipic.diffusion.guidance import combine, rescale as rescale_to
 from minipic.diffusion.samplers import SAMPLERS, keep
 from minipic.diffusion.schedule import Schedule
+from minipic.embedding import grow, load_embedding
 from minipic.image import cover, to_pictures, to_tensor
 from minipic.layers import lora
 from minipic.layouts import blank, load_part, open_model, open_vae, save_folder
@@ -43,6 +44,7 @@ class Pipeline(nn.Module):
         self.index = index or {"_class_name": "StableDiffusionXLPipeline" if self.sdxl else "StableDiffusionPipeline"}
         self.lazy, self.texts = {}, {}  # filled only by load(lazy=True): parts still on disk, texts already encoded
         self.loras = {}  # {name: (scale, {part: {module: (A, B, alpha)}})}
+        self.words = {}  # {word: {part: vectors [n,D]}}
 
     @classmethod
     def load(cls, path, dtype=None, device=None, vae=None, lazy=False, check_hashes=False, lora=()):
@@ -102,6 +104,31 @@ class Pipeline(nn.Module):
             lora.set_scale(getattr(self, part), scale, str(path))
         self.texts.clear()
 
+    def add_embedding(self, path, word=None):
+        """Read a textual inversion, see embedding.load_embedding; `word` in a prompt means it from now on.
+
+        word: None takes the one in the file, else the file's name. Raises InputError naming the file and what is wrong.
+        """
+        vectors, told = load_embedding(path)
+        try:
+            self.add_word(word or told or Path(path).stem, vectors)
+        except InputError as error:
+            raise InputError(f"--embedding {path}: {error}") from None
+
+    def add_word(self, word, vectors):
+        """Let `word` in a prompt mean these vectors, {part: [n,D]}; InputError where they are not this model's."""
+        widths = {part: encoder.config.hidden_size for part in TOKENIZERS if (encoder := getattr(self, part))}
+        found = {part: tensor.shape[1] for part, tensor in vectors.items()}
+        if found != widths:
+            raise InputError(f"its vectors are as wide as {found}, this model's text encoders {widths}; use one made "
+                             "for this model")
+        for part, tensor in vectors.items():
+            getattr(self, TOKENIZERS[part]).add(word, len(tensor))
+            if not next(getattr(self, part).parameters()).is_meta:
+                grow(getattr(self, part), tensor)
+        self.words[word] = vectors
+        self.texts.clear()
+
     def fetch(self, *names):
         """Read these parts from disk unless they are here."""
         for name in names:
@@ -109,6 +136,9 @@ class Pipeline(nn.Module):
                 setattr(self, name, load_part(*self.lazy[name]))
                 for file in self.loras:
                     self.apply_lora(name, file)
+                for vectors in self.words.values():
+                    if name in vectors:
+                        grow(getattr(self, name), vectors[name])
 
     def free(self, *names):
         """Give back the memory of these parts, when they can be read again."""
@@ -118,8 +148,9 @@ class Pipeline(nn.Module):
 
     def save(self, folder, dtype=None):
         """Write a diffusers folder that `load` and diffusers read. `dtype`: the weights' on disk; None: as they are."""
-        if any(lora.layers(self)):
-            raise InputError(f"{folder}: this model has LoRAs, which its files cannot hold; save those by themselves")
+        if any(lora.layers(self)) or self.words:
+            raise InputError(f"{folder}: this model has LoRAs or added words, which its files cannot hold; save those by "
+                             "themselves")
         parts = {name: getattr(self, name) for name in PARTS if getattr(self, name) is not None}
         self.fetch(*parts)
         for name in parts.keys() & TOKENIZERS.keys():

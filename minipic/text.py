@@ -57,6 +57,7 @@ class Tokenizer:
         known = {token.content for token in self.bpe.get_added_tokens_decoder().values()}  # tokenizer.json's own
         self.bpe.add_special_tokens([token for text, token in specials.items() if text not in known])
         self.pad = self.bpe.token_to_id(content(settings.get("pad_token", END)))
+        self.words = {}  # {id of an added word: all its ids}
 
     def open(self):
         single = self.folder / "tokenizer.json"
@@ -78,11 +79,22 @@ class Tokenizer:
 
     def row(self, prompt, encoding):
         room = LENGTH - 2
-        if len(encoding.ids) > room:
-            lost = prompt[encoding.offsets[room][0]:].strip()
-            warnings.warn(f"the prompt has {len(encoding.ids)} tokens and {room} fit; cut off: {lost!r}", stacklevel=3)
-        ids = [self.start, *encoding.ids[:room], self.end]
+        ids, starts = zip(*[(id, start) for first, (start, _) in zip(encoding.ids, encoding.offsets)
+                            for id in self.words.get(first, [first])]) if encoding.ids else ((), ())
+        if len(ids) > room:
+            lost = prompt[starts[room]:].strip()
+            warnings.warn(f"the prompt has {len(ids)} tokens and {room} fit; cut off: {lost!r}", stacklevel=3)
+        ids = [self.start, *ids[:room], self.end]
         return ids + [self.pad] * (LENGTH - len(ids))
+
+    def add(self, word, count=1):
+        """Let `word` stand for `count` new ids, which follow all others. Raises InputError for a word already there."""
+        if not word.strip() or self.bpe.token_to_id(word) is not None:
+            raise InputError(f"{word!r} already is a token, or none at all; choose another word, such as <my-cat>")
+        first = self.bpe.get_vocab_size()
+        names = [word, *(f"{word}_{i}" for i in range(1, count))]
+        self.bpe.add_tokens([AddedToken(name, single_word=name[0].isalnum()) for name in names])
+        self.words[first] = list(range(first, first + count))
 
     def save(self, folder):
         """Copy the files this tokenizer was read from."""

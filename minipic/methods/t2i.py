@@ -38,30 +38,42 @@ def tiny(context_width, pooled_width):
 
 
 @dataclass
-class Recipe(Base):
-    """Train the UNet of a model on a folder of pictures (--data) or on the world: whole, or a LoRA (--lora-rank)."""
+class Photos(Base):
+    """What every recipe that draws on a folder of pictures has."""
 
     model: str = option("weights/tiny", "pipeline folder or file; its VAE stays as it is")
     data: str = option("", "folder of pictures with .txt captions or metadata.jsonl; empty: the world")
+    caption: str = option("", "caption of the pictures of --data that have none")
     side: int = option(0, "buckets have the area of a square of this side in pixels; 0: the model's own")
     bad_images: str = option("error", "what to do about pictures of --data that cannot be used", ("error", "skip"))
-    lora_rank: int = option(0, "train a LoRA of this rank and leave the model as it is; 0 trains the model")
-    lora_alpha: float = option(0.0, "the LoRA counts alpha / rank; 0: the rank")
-    from_nothing: bool = option(False, "start a new tiny UNet for the folder's VAE and text encoders")
-    steps: int = option(12000, "optimizer steps in all")
-    lr: float = option(8e-4, "peak learning rate")
-    ema: float = option(0.9995, "decay of the weight average that is drawn from and exported; 0 turns it off")
     precision: str = option("bf16", "arithmetic of the forward pass; weights stay as they are", ("fp32", "bf16"))
-    scenes: int = option(40000, "different pictures; their latents are kept in memory")
-    prediction: str = option("v_prediction", "what a new UNet predicts: SDXL's epsilon says little in strong noise, "
-                             "where it is decided what stands where", ("epsilon", "v_prediction"))
     min_snr: float = option(0.0, "largest weight of a noise level, in signal-to-noise ratio; 0 weighs all alike")
-    train_text: bool = option(False, "train the text encoders too; CLIP alone tells colours apart long before shapes")
     drop: float = option(0.1, "share of captions left out, for guidance: half zeros, half the empty prompt")
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("side", "lora_rank", "lora_alpha"):
+        if self.side < 0:
+            raise InputError(f"--side must be at least 0, not {self.side}")
+
+
+@dataclass
+class Recipe(Photos):
+    """Train the UNet of a model on a folder of pictures (--data) or on the world: whole, or a LoRA (--lora-rank)."""
+
+    lora_rank: int = option(0, "train a LoRA of this rank and leave the model as it is; 0 trains the model")
+    lora_alpha: float = option(0.0, "the LoRA counts alpha / rank; 0: the rank")
+    from_nothing: bool = option(False, "start a new tiny UNet for the folder's VAE and text encoders")
+    steps: int = option(8000, "optimizer steps in all")
+    lr: float = option(8e-4, "peak learning rate")
+    ema: float = option(0.9995, "decay of the weight average that is drawn from and exported; 0 turns it off")
+    scenes: int = option(40000, "different pictures of the world; their latents are kept in memory")
+    prediction: str = option("v_prediction", "what a new UNet predicts: SDXL's epsilon says little in strong noise, "
+                             "where it is decided what stands where", ("epsilon", "v_prediction"))
+    train_text: bool = option(False, "train the text encoders too")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("lora_rank", "lora_alpha"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
         if self.from_nothing and self.lora_rank:
@@ -108,11 +120,17 @@ def text_layers(pipeline):
 
 
 def data(pipeline, config):
-    """Batches of latents of one bucket: x0 and noise [B,4,h,w], t [B], size_ids [B,6], captions (None: left out)."""
+    """See `batches`; on the world, or on the pictures of --data."""
     pictures = pictures_of(pipeline, config)
+    texts = {} if config.train_text or not config.data else encode_texts(pipeline, pictures)
+    return batches(pipeline, pictures, texts, config)
+
+
+def batches(pipeline, pictures, texts, config):
+    """Batches of latents of one bucket: x0 and noise [B,4,h,w], t [B], size_ids [B,6], captions (None: left out), and
+    context [B,N,D] and pooled [B,D] where `texts` has those of all captions (see encode_texts)."""
     pipeline.prompts = list(dict.fromkeys(photo.text for photo in pictures))[:4] if config.data else PROMPTS
     latents = encode_pictures(pipeline.vae, pictures)
-    texts = {} if config.train_text or not config.data else encode_texts(pipeline, pictures)
     buckets = list({picture.size: None for picture in pictures})
     members = [[i for i, picture in enumerate(pictures) if picture.size == size] for size in buckets]
     share = torch.tensor([float(len(rows)) for rows in members])
@@ -142,7 +160,8 @@ def pictures_of(pipeline, config):
     if not config.data:
         return [compose(config.seed, i) for i in range(config.scenes)]
     step = pipeline.vae.config.factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-    return read_folder(config.data, config.side or pipeline.size[0], max(step, 16), config.bad_images == "skip")
+    return read_folder(config.data, config.side or pipeline.size[0], max(step, 16), config.bad_images == "skip",
+                       config.caption)
 
 
 def words_of(picture, generator):
@@ -181,10 +200,12 @@ def encode_pictures(vae, pictures, chunk=64):
 
 def loss(pipeline, batch, config):
     if "context" in batch:
-        context, pooled = batch["context"], batch.get("pooled")
-    else:
-        context, pooled = encode_batch(pipeline, batch["captions"], config.train_text)
+        return diffusion_loss(pipeline, batch, batch["context"], batch.get("pooled"), config)
+    return diffusion_loss(pipeline, batch, *encode_batch(pipeline, batch["captions"], config.train_text), config)
 
+
+def diffusion_loss(pipeline, batch, context, pooled, config):
+    """The objective's loss of a batch with its texts encoded -> scalar."""
     def predict(x, t):
         return pipeline.unet(x, t, context, pooled, batch["size_ids"])
     return pipeline.schedule.objective.loss(predict, batch["x0"], batch["noise"], batch["t"].cpu(),

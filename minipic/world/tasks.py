@@ -222,7 +222,7 @@ def subject(seed, indices, size=(64, 64), held_out="never", references=1):
             scene = put(scene, 0, replace(worn, x=scene.objects[0].x, z=scene.objects[0].z, turn=turn))
             return valid(scene) and [o.shape for o in scene.objects].count(shape) == 1 and scene
 
-        alone = [_search(f"reference {n}", seed, index, size, build, objects=1) for n in range(references)]
+        alone = [_search("reference", (seed, n), index, size, build, objects=1) for n in range(references)]
         return _search("subject", seed, index, size, build, held_out=held_out), *alone
 
     scenes = [row for i in indices for row in scenes_of(int(i))]

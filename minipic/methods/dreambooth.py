@@ -1,0 +1,67 @@
+"""DreamBooth: a subject bound to a rare word, without forgetting its class (arXiv 2208.12242).
+
+Equation 2 there: the diffusion loss on the subject's pictures, and the same on pictures of its class that the model
+itself drew before training. Everything else is t2i: the whole UNet, or a LoRA.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from minipic import training
+from minipic.common import InputError, option
+from minipic.image import save_new
+from minipic.methods import t2i
+from minipic.methods.t2i import build, export, sample, setup  # noqa: F401
+
+PRIOR = "prior "  # begins the keys of the class's half of a batch
+
+
+@dataclass
+class Recipe(t2i.Recipe):
+    """Teach a model a subject from a few pictures (--data), keeping its class as it was."""
+
+    prior: str = option("", 'what the subject is one of, e.g. "a dog"; the model draws pictures of it to keep')
+    prior_pictures: int = option(64, "pictures of the class, drawn once into OUT/prior")
+    prior_weight: float = option(1.0, "how much the class counts")
+    steps: int = option(400, "optimizer steps in all")
+    batch: int = option(4, "pictures of the subject a step, and as many of the class")
+    lr: float = option(1e-4, "peak learning rate")
+    ema: float = option(0.0, "decay of the weight average that is exported; 0: none")
+    drop: float = option(0.0, "share of captions left out")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.data or not self.prior:
+            raise InputError('dreambooth needs --data FOLDER, pictures of the subject, and --prior "a dog", its class')
+        if self.prior_pictures < 1 or self.prior_weight < 0:
+            raise InputError("--prior-pictures must be at least 1 and --prior-weight at least 0")
+
+
+def data(pipeline, config):
+    """Batches of the subject with as many pictures of its class, whose keys begin with PRIOR."""
+    folder = Path(config.out, "prior")
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        draw_prior(pipeline, folder, config)
+    training.wait()
+    kept = replace(config, data=str(folder), caption=config.prior, seed=config.seed + 1)
+    classes, subjects = t2i.data(pipeline, kept), t2i.data(pipeline, config)
+    return lambda step, indices: subjects(step, indices) | {
+        PRIOR + key: value for key, value in classes(step, indices).items()}
+
+
+def draw_prior(pipeline, folder, config):
+    """Draw the pictures of the class that are not there yet, with the model as it is before training."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline.eval()
+    for i in range(len(list(folder.glob("*.png"))), config.prior_pictures):
+        picture = pipeline.generate(config.prior, seed=10**6 * (config.seed + 1) + i)[0]
+        save_new(picture, folder / f"{i:04d}.png")
+    pipeline.train()
+
+
+def loss(pipeline, batch, config):
+    prior = {key.removeprefix(PRIOR): value for key, value in batch.items() if key.startswith(PRIOR)}
+    subject, kept = t2i.loss(pipeline, batch, config), t2i.loss(pipeline, prior, config)
+    return subject + config.prior_weight * kept, {"subject": subject.detach(), "prior": kept.detach()}

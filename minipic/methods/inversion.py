@@ -1,0 +1,79 @@
+"""Textual inversion: a new word for a model that stays as it is (arXiv 2208.01618).
+
+Only the word's vectors are trained, in each text encoder, to lower the diffusion loss (equation 2 there) on a few
+pictures whose captions contain the word.
+"""
+
+from dataclasses import dataclass
+
+from minipic.common import InputError, option
+from minipic.embedding import save_embedding
+from minipic.methods import t2i
+from minipic.methods.t2i import sample  # noqa: F401
+from minipic.pipeline import TOKENIZERS, Pipeline
+
+
+@dataclass
+class Recipe(t2i.Photos):
+    """Teach a model a new word from a few pictures (--data) with captions that contain it."""
+
+    word: str = option("<new>", "the new word, as captions and prompts write it")
+    like: str = option("object", "a word of the vocabulary to start from")
+    vectors: int = option(1, "vectors the word stands for")
+    steps: int = option(500, "optimizer steps in all")
+    batch: int = option(4, "pictures a step")
+    lr: float = option(5e-3, "peak learning rate")
+    ema: float = option(0.0, "decay of the average of the vectors that is exported; 0: none")
+    weight_decay: float = option(0.0, "AdamW's decay, which would draw the vectors to zero")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.data:
+            raise InputError("--data: name a folder of pictures that show what the word means")
+        if self.vectors < 1:
+            raise InputError(f"--vectors must be at least 1, not {self.vectors}")
+
+
+def build(config):
+    """The pipeline with the new word; all its vectors start as those of `like`."""
+    pipeline, vectors = Pipeline.load(config.model), {}
+    for part in TOKENIZERS:
+        if encoder := getattr(pipeline, part):
+            ids = getattr(pipeline, TOKENIZERS[part])([config.like])[0]
+            first, second = ids[1:3].tolist()
+            if second != encoder.end_token:
+                raise InputError(f"--like {config.like}: is not one token of this model's vocabulary; choose another")
+            weight = encoder.text_model.embeddings.token_embedding.weight
+            vectors[part] = weight[first].detach().repeat(config.vectors, 1)
+    pipeline.add_word(config.word, vectors)
+    return pipeline
+
+
+def embeddings(pipeline):
+    return {part: getattr(pipeline, part).text_model.embeddings.token_embedding for part in TOKENIZERS
+            if getattr(pipeline, part)}
+
+
+def setup(pipeline, config):
+    pipeline.unet.checkpointing = config.checkpointing
+    return [embedding.added for embedding in embeddings(pipeline).values()]
+
+
+def data(pipeline, config):
+    pictures = t2i.pictures_of(pipeline, config)
+    missing = next((photo for photo in pictures if config.word.lower() not in photo.text.lower()), None)
+    if missing:
+        raise InputError(f"{missing.path}: its caption {missing.text!r} lacks the word {config.word}; put it there, or "
+                         f'give --caption "a picture of {config.word}" in place of caption files')
+    return t2i.batches(pipeline, pictures, {}, config)
+
+
+def loss(pipeline, batch, config):
+    return t2i.diffusion_loss(pipeline, batch, *t2i.encode_batch(pipeline, batch["captions"], train_text=True), config)
+
+
+def export(pipeline, folder, config):
+    """The word's vectors, in one file of kohya's spelling and in diffusers' files."""
+    name = "".join(letter for letter in config.word if letter.isalnum() or letter in "-_") or "word"
+    vectors = {part: embedding.added.detach() for part, embedding in embeddings(pipeline).items()}
+    save_embedding(vectors, folder / f"{name}.safetensors", config.word)
