@@ -75,11 +75,11 @@ def test_the_judge_learns_and_is_saved(tmp_path):
     right = accuracy([describe(s) for s in scenes], read(judge, images))
     assert right["color"] > 0.6 and right["floor"] > 0.8
     recipe.export(judge, tmp_path, config)
-    again = probe.load_judge(tmp_path)
+    again = probe.load_judge(tmp_path / "judge")
     assert all(torch.equal(a, b) for a, b in zip(judge(images), again(images)))
-    (tmp_path / "config.json").write_text('{"width": 64, "depth": 80}')
+    (tmp_path / "judge" / "config.json").write_text('{"width": 64, "depth": 80}')
     with pytest.raises(InputError, match="depth"):
-        probe.load_judge(tmp_path)
+        probe.load_judge(tmp_path / "judge")
 
 
 def test_batches_are_a_pure_function_of_the_sample_numbers():

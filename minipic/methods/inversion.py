@@ -55,7 +55,6 @@ def embeddings(pipeline):
 
 
 def setup(pipeline, config):
-    pipeline.unet.checkpointing = config.checkpointing
     return [embedding.added for embedding in embeddings(pipeline).values()]
 
 

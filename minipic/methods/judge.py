@@ -124,4 +124,4 @@ def sample(judge, config):
 
 
 def export(judge, folder, config):
-    save_judge(judge, folder)
+    save_judge(judge, folder / "judge")

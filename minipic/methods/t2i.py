@@ -28,8 +28,8 @@ PROMPTS = ("a small red sphere left of a large blue cube", "a large yellow torus
 
 
 def tiny(context_width, pooled_width):
-    """SDXL in miniature: three levels, heads of width 64, about 7 M parameters. Unlike SDXL's its first level attends to
-    the text too: what stands in a 64-pixel picture is decided on a grid of 16x16."""
+    """SDXL in miniature: three levels, heads of width 64, about 7 M parameters. Unlike SDXL's its first level attends
+    to the text too: what stands in a 64-pixel picture is decided on a grid of 16x16."""
     return UNetConfig(
         sample_size=16, block_out_channels=(64, 128, 128), layers_per_block=1, transformer_layers_per_block=(1, 1, 1),
         down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3,
@@ -104,7 +104,6 @@ def start_small(unet):
 
 
 def setup(pipeline, config):
-    pipeline.unet.checkpointing = config.checkpointing
     trained = [pipeline.unet, *(text_layers(pipeline) if config.train_text else [])]
     if config.lora_rank:
         return [p for part in trained for p in lora.inject(part, config.lora_rank, config.lora_alpha or None)]

@@ -19,7 +19,6 @@ SIZE_WORDS = {"small": ("small", "tiny"), "medium": ("medium",), "large": ("larg
 PLACE_WORDS = {"left": "on the left", "middle": "in the middle", "right": "on the right"}
 RELATIONS = {"left": ("left of", "to the left of"), "right": ("right of", "to the right of"),
              "front": ("in front of",), "behind": ("behind",)}
-OPPOSITE = {"left": "right", "right": "left", "front": "behind", "behind": "front"}
 SKY_WORDS = {"blue": ("under a blue sky",), "sunset": ("at sunset", "under a sunset sky"),
              "night": ("at night", "under a night sky")}
 OPENINGS = ("", "a picture of ", "a rendering of ", "there is ")
