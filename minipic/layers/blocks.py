@@ -1,10 +1,57 @@
-"""The convolutional blocks that the UNet and the VAE share: residual block, downsampling, upsampling.
+"""What the UNet and the VAE share: norms and gates, residual block, downsampling, upsampling.
 
 Attribute names are those of the official diffusers-layout files.
 """
 
 import torch.nn as nn
 import torch.nn.functional as F
+
+from minipic.common import InputError
+
+
+def choose():
+    """The backend of `group_norm`, `layer_norm` and `geglu`: no GPU has measured the Triton kernels yet."""
+    return "plain"
+
+
+def kernels(backend):
+    """fused.py for the backend "triton" (CUDA), None for "plain", which is PyTorch's functions one after another.
+
+    Raises InputError for a backend that does not exist or is not installed.
+    """
+    backend = backend or choose()
+    if backend not in ("plain", "triton"):
+        raise InputError(f"norm backend {backend!r} does not exist; use 'plain' or 'triton'")
+    if backend == "plain":
+        return None
+    try:
+        from minipic.layers import fused
+    except ImportError as error:
+        raise InputError("norm backend 'triton' needs the triton package, which comes with PyTorch for CUDA; "
+                         "use 'plain'") from error
+    return fused
+
+
+def group_norm(x, norm, silu=False, backend=None):
+    """x [B,C,H,W], in any memory format, and an nn.GroupNorm -> like x; `silu`: the activation after it."""
+    if fused := kernels(backend):
+        return fused.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+    return F.silu(norm(x)) if silu else norm(x)
+
+
+def layer_norm(x, norm, backend=None):
+    """x [...,D] and an nn.LayerNorm -> like x."""
+    if fused := kernels(backend):
+        return fused.LayerNorm.apply(x.contiguous(), norm.weight, norm.bias, norm.eps)
+    return norm(x)
+
+
+def geglu(x, backend=None):
+    """x [...,2D] -> value * gelu(gate) [...,D], arXiv 2002.05202; the first half of x is the value."""
+    if fused := kernels(backend):
+        return fused.GEGLU.apply(x.contiguous())
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)
 
 
 class ResnetBlock(nn.Module):
@@ -21,10 +68,10 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x, temb=None):
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(group_norm(x, self.norm1, silu=True))
         if temb is not None:
             h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(group_norm(h, self.norm2, silu=True))
         return self.conv_shortcut(x) + h
 
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minipic.common import InputError, from_json
 from minipic.layers.attention import Attention
-from minipic.layers.blocks import Downsample, ResnetBlock, Upsample
+from minipic.layers.blocks import Downsample, ResnetBlock, Upsample, geglu, group_norm, layer_norm
 
 # Keys of unet/config.json that these networks do not vary: the values under which the file means this code.
 FIXED = {
@@ -109,15 +109,12 @@ class TimestepMLP(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """value * gelu(gate), arXiv 2002.05202. The first half of the projection is the value."""
-
     def __init__(self, width, inner):
         super().__init__()
         self.proj = nn.Linear(width, 2 * inner)
 
     def forward(self, x):
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -142,9 +139,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width)
 
     def forward(self, x, context):
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        x = x + self.attn1(layer_norm(x, self.norm1))
+        x = x + self.attn2(layer_norm(x, self.norm2), context)
+        return x + self.ff(layer_norm(x, self.norm3))
 
 
 class SpatialTransformer(nn.Module):
@@ -161,7 +158,7 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x, context):
         linear, shape, residual = isinstance(self.proj_in, nn.Linear), x.shape[-2:], x
-        x = self.norm(x)
+        x = group_norm(x, self.norm)
         x = x if linear else self.proj_in(x)
         x = x.flatten(2).transpose(1, 2)  # [B,C,H,W] -> [B,HW,C]
         x = self.proj_in(x) if linear else x
@@ -267,4 +264,4 @@ class UNet(nn.Module):
                 x = self.run(level.attentions[i], x, context) if level.attentions else x
             for upsample in level.upsamplers:
                 x = upsample(x, skips[-1].shape[-2:])
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(group_norm(x, self.conv_norm_out, silu=True))

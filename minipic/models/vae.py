@@ -8,11 +8,10 @@ bf16 (`force_upcast` in the file says so).
 from dataclasses import asdict, dataclass
 
 import torch.nn as nn
-import torch.nn.functional as F
 
 from minipic.common import from_json
 from minipic.layers.attention import Attention
-from minipic.layers.blocks import Downsample, ResnetBlock, Upsample
+from minipic.layers.blocks import Downsample, ResnetBlock, Upsample, group_norm
 
 FIXED = {"act_fn": ("silu",), "latents_mean": (None,), "latents_std": (None,), "mid_block_add_attention": (True,)}
 EPS = 1e-6  # of every GroupNorm; PyTorch's default 1e-5 gives pictures that are visibly off
@@ -70,7 +69,7 @@ class PixelAttention(Attention):
         self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
 
     def forward(self, x):
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # [B,C,H,W] -> [B,HW,C]
+        tokens = group_norm(x, self.group_norm).flatten(2).transpose(1, 2)  # [B,C,H,W] -> [B,HW,C]
         return x + super().forward(tokens).transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
@@ -118,7 +117,7 @@ class Encoder(nn.Module):
             for downsample in level.downsamplers:
                 x = downsample(x)
         x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(group_norm(x, self.conv_norm_out, silu=True))
 
 
 class Decoder(nn.Module):
@@ -143,7 +142,7 @@ class Decoder(nn.Module):
             x = level(x)
             for upsample in level.upsamplers:
                 x = upsample(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(group_norm(x, self.conv_norm_out, silu=True))
 
 
 class VAE(nn.Module):

@@ -8,22 +8,16 @@ than the formula in float32 is an error.
 """
 
 import argparse
-import statistics
-import sys
-import time
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from record import record
+from side_by_side import GPU, measure
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
-from record import record  # noqa: E402
+from minipic.layers.attention import attention
 
-from minipic.layers.attention import attention  # noqa: E402
-
-GPU = torch.cuda.is_available()
 SHAPES = {"self, 64x64 latents": (10, 4096, 4096), "self, 32x32 latents": (20, 1024, 1024),  # heads, N, M; d is 64
           "text, 64x64 latents": (10, 4096, 77), "text, 32x32 latents": (20, 1024, 77)}
 PEERS = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -51,23 +45,6 @@ def candidates():
 def backward(run, q, k, v):
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     torch.autograd.grad(run(*leaves).sum(), leaves)
-
-
-def measure(works, rounds):
-    """{name: seconds}, one call of each in turn."""
-    times = {name: [] for name in works}
-    for turn in range(rounds + 2):
-        for name, work in works.items():
-            if GPU:
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record(), work(), end.record(), torch.cuda.synchronize()
-                seconds = start.elapsed_time(end) / 1e3
-            else:
-                start = time.process_time()
-                work()
-                seconds = time.process_time() - start
-            times[name] += [seconds] if turn > 1 else []  # the first two turns warm up
-    return {name: statistics.median(values) if GPU else min(values) for name, values in times.items()}
 
 
 def compare(shape, dtype, rounds):

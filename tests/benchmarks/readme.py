@@ -50,7 +50,7 @@ def results(text):
     before, _, after = text.split(RESULTS)
     quality, loading, world = (json.loads(Path(__file__).with_name(f"{name}.json").read_text())
                                for name in ("quality", "loading", "world"))
-    lines = [*quality_table(quality), *loading_table(loading), *world_lines(world)]
+    lines = [*quality_table(quality), *loading_table(loading), *world_lines(world), *speed_table()]
     return RESULTS.join([before, "\n".join(lines), after])
 
 
@@ -89,6 +89,25 @@ def world_lines(world):
     speed = world["results"]
     yield from ["", f"The world samples and renders {speed['sample and render']:.0f} scenes of 64x64 a second on one "
                 f"core (`{world['command']}`, {world['date']}, {world['cpu']}).", ""]
+
+
+def speed_table(folder=Path(__file__).parent):
+    """Whole networks beside diffusers, a row a program, case and way to run it, from those that were measured."""
+    measured = [json.loads(path.read_text()) for name in ("unet_step", "vae", "train_step")
+                if (path := folder / f"{name}.json").exists()]
+    if not measured:
+        return
+    yield from ["", "| whole networks | ms | speed over diffusers | share of GEMM rate | peak memory |", "|---" * 5 + "|"]
+    for found in measured:
+        program = found["command"].split()[1].split("/")[-1].removesuffix(".py").replace("_", " ")
+        for case, rows in found["results"].items():
+            for name, row in rows.items():
+                memory = f"{row['peak GB']:.1f} GB" if "peak GB" in row else ""
+                yield (f"| {program}: {case}, {name} | {row['ms']:.1f} | {row['speed over diffusers']:.2f} "
+                       f"| {row['share of GEMM rate']:.2f} | {memory} |")
+    yield from ["", "Processor time of one thread on a CPU, time on a GPU. " + " ".join(
+        f"`{found['command']}`, {found['date']}, {found['gpu'] or found['cpu']}, torch {found['torch']}."
+        for found in measured), ""]
 
 
 def cell(values):

@@ -1,0 +1,176 @@
+"""What the benchmarks share: times of works in turn, networks beside diffusers' on the same weights, tables of both."""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "benchmarks")]
+import peers  # noqa: E402
+
+from minipic.layers import attention, blocks  # noqa: E402
+from minipic.layouts import blank, load_part, open_part  # noqa: E402
+from minipic.models.unet import SDXL_BASE, UNet  # noqa: E402
+from minipic.models.vae import SDXL_VAE, VAE  # noqa: E402
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+FULL = {"unet": (UNet, SDXL_BASE), "vae": (VAE, SDXL_VAE)}
+
+
+def measure(works, rounds, warm=2):
+    """{name: seconds}, one call of each in turn, the first `warm` turns not counted: the median on a GPU (events), the
+    smallest processor time on a CPU, where other programs run too."""
+    times = {name: [] for name in works}
+    for turn in range(rounds + warm):
+        for name, work in works.items():
+            if GPU:
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record(), work(), end.record(), torch.cuda.synchronize()
+                seconds = start.elapsed_time(end) / 1e3
+            else:
+                start = time.process_time()
+                work()
+                seconds = time.process_time() - start
+            times[name] += [seconds] if turn >= warm else []
+    return {name: statistics.median(values) if GPU else min(values) for name, values in times.items()}
+
+
+class Case(NamedTuple):
+    """One line of a benchmark, written sdxl-1024-bf16: whose network, the side of the picture in pixels, the type."""
+
+    size: str
+    side: int
+    kind: str
+
+    @classmethod
+    def read(cls, text):
+        size, side, kind = [*text.split("-"), "", ""][:3]
+        if size not in ("tiny", "sdxl") or not side.isdigit() or kind not in DTYPES or len(text.split("-")) > 3:
+            raise argparse.ArgumentTypeError(f"{text!r} is not like tiny-64-fp32 or sdxl-1024-bf16")
+        return cls(size, int(side), kind)
+
+    def __str__(self):
+        return "-".join(map(str, self))
+
+    def network(self, part):
+        """The tiny network as shipped, or SDXL's in full size with random weights that keep numbers near 1."""
+        if self.size == "tiny":
+            return load_part(open_part(ROOT / "weights" / "tiny" / part, part), DTYPES[self.kind], DEVICE)
+        model = blank(*FULL[part]).to(DTYPES[self.kind]).to_empty(device=DEVICE)
+        for name, p in model.named_parameters():
+            if p.ndim > 1:
+                p.data.normal_(std=p[0].numel() ** -0.5)
+            else:
+                p.data.fill_(name.endswith("weight"))
+        return model
+
+
+def options(doc, cases):
+    """The command line: which cases, and how often. The default is `cases`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", type=Case.read, default=[Case.read(case) for case in cases.split()])
+    parser.add_argument("--batch", type=int, default=2 if GPU else 1)
+    parser.add_argument("--rounds", type=int, default=30 if GPU else 5)
+    torch.set_num_threads(1)
+    return parser.parse_args()
+
+
+def peer_of(model):
+    """diffusers' network of the same config on the same weights: no second copy in memory."""
+    with torch.device("meta"):
+        other = peers.build_peer(model.config)
+    other.load_state_dict(model.state_dict(), assign=True)
+    return other.eval()
+
+
+def unet_inputs(unet, case, batch):
+    """x, t, context, pooled and size_ids of a step; batch 2 is one drawing, with and without its text."""
+    config, side = unet.config, case.side // (4 if case.size == "tiny" else 8)
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    shapes = {"x": (4, side, side), "context": (77, config.cross_attention_dim), "pooled": (pooled,)}
+    made = {name: torch.randn(batch, *shape, device=DEVICE, dtype=DTYPES[case.kind]) for name, shape in shapes.items()}
+    sizes = torch.tensor([case.side, case.side, 0, 0, case.side, case.side], device=DEVICE)
+    return made | {"t": torch.full((batch,), 501.0, device=DEVICE), "size_ids": sizes.repeat(batch, 1)}
+
+
+def with_triton(work):
+    """The same work with minipic's own kernels wherever they can do it."""
+    chosen = attention.choose
+
+    def run():
+        with (mock.patch.object(blocks, "choose", lambda: "triton"), mock.patch.object(
+                attention, "choose", lambda q, k: "triton" if q.shape[-1] in (32, 64, 128) else chosen(q, k))):
+            return work()
+    return run
+
+
+def graphed(work):
+    """The same work recorded once as a CUDA graph: a step is one launch instead of about 1800."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = work()
+
+    def replay():
+        graph.replay()
+        return out
+    return replay
+
+
+def compiled(other, *parts):
+    """diffusers as its guide to speed has it: channels-last, fused projections, torch.compile at its most thorough of
+    the network, or of its `parts`."""
+    other.fuse_qkv_projections()
+    other.to(memory_format=torch.channels_last)
+    for part in parts or [other]:
+        part.compile(mode="max-autotune")
+    return other
+
+
+def flops(model, run):
+    """Floating point operations of the matrix products and convolutions of run(a copy of the model without memory)."""
+    with FlopCounterMode(display=False) as counter:
+        run(blank(type(model), model.config).to(next(model.parameters()).dtype))
+    return counter.get_total_flops()
+
+
+def compare(title, works, count, kind, rounds, extra=None):
+    """{name: {"ms", "speed over diffusers", "share of GEMM rate", ...}}; prints it. The first work is the peer's.
+
+    `count`: floating point operations of one call. The rate is that of a large matrix product of the same dtype,
+    measured in the same turns. `extra`: {name: {more columns}}.
+    """
+    n = 8192 if GPU else 1024
+    a, b = torch.randn(2, n, n, device=DEVICE, dtype=DTYPES[kind])
+    seconds = measure(works | {"GEMM": lambda: a @ b}, rounds, warm=2 if GPU else 1)
+    rate, first = 2 * n ** 3 / seconds.pop("GEMM"), next(iter(works))
+    rows = {name: {"ms": 1e3 * t, f"speed over {first}": seconds[first] / t, "share of GEMM rate": count / t / rate,
+                   **(extra or {}).get(name, {})} for name, t in seconds.items()}
+    print(f"\n{title}: {count / 1e12:.4f} TFLOP, GEMM {rate / 1e12:.2f} TFLOP/s")
+    for name, row in rows.items():
+        print(f"  {name:24}" + "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
+    return rows
+
+
+def agree(works, tolerance):
+    """Raises AssertionError unless every work gives the numbers of the first."""
+    expected = None
+    for name, work in works.items():
+        out = work().float()
+        expected = out if expected is None else expected
+        error = ((out - expected).abs().max() / expected.abs().max()).item()
+        assert error < tolerance, f"{name} is wrong by {error:.1e}"

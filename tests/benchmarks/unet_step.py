@@ -1,0 +1,47 @@
+"""One step of the UNet beside diffusers'. Writes unet_step.json beside.
+
+    python tests/benchmarks/unet_step.py [sdxl-512-bf16 tiny-64-fp32 ...] [--batch 2] [--rounds 30]
+
+The text is read once a drawing, so that its keys and values are no part of minipic's step; diffusers has no such place.
+On a CPU both run as they come. On a GPU diffusers also compiled, minipic also as one CUDA graph with channels-last
+convolutions, with PyTorch's kernels and with its own.
+"""
+
+import torch
+from record import record
+from side_by_side import GPU, Case, agree, compare, compiled, flops, graphed, options, peer_of, unet_inputs, with_triton
+
+CASES = "tiny-64-bf16 sdxl-1024-bf16" if GPU else "tiny-64-fp32 sdxl-512-bf16 sdxl-1024-bf16 sdxl-512-fp32"
+
+
+@torch.no_grad()
+def run(case: Case, batch, rounds):
+    unet = case.network("unet")
+    given = unet_inputs(unet, case, batch)
+    read = unet.read(given["context"])
+    x, t, rest = given["x"], given["t"], (given["pooled"], given["size_ids"])
+    peer, added = peer_of(unet), {"text_embeds": rest[0], "time_ids": rest[1]}
+    works = {"diffusers": lambda: peer(x, t, given["context"], added_cond_kwargs=added).sample,
+             "minipic": lambda: unet(x, t, read, *rest)}
+    if GPU:
+        fast = compiled(peer_of(unet))
+        works["diffusers compiled"] = lambda: fast(x, t, given["context"], added_cond_kwargs=added).sample
+        last = case.network("unet").to(memory_format=torch.channels_last)
+        last.load_state_dict(unet.state_dict())
+        last_read, last_x = last.read(given["context"]), x.to(memory_format=torch.channels_last)
+        works["minipic graph"] = graphed(lambda: last(last_x, t, last_read, *rest))
+        works["minipic triton graph"] = graphed(with_triton(lambda: last(last_x, t, last_read, *rest)))
+    agree(works, 1e-4 if case.kind == "fp32" else 5e-2)
+    count = flops(unet, lambda meta: meta(x.to("meta"), t.to("meta"), given["context"].to("meta"),
+                                          *(value.to("meta") for value in rest)))
+    return compare(f"UNet step, {case}, batch {batch}", works, count, case.kind, rounds)
+
+
+def main():
+    chosen = options(__doc__, CASES)
+    results = {f"{case}, batch {chosen.batch}": run(case, chosen.batch, chosen.rounds) for case in chosen.cases}
+    print(record("unet_step", results, rounds=chosen.rounds))
+
+
+if __name__ == "__main__":
+    main()

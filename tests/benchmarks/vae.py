@@ -1,0 +1,53 @@
+"""The VAE beside diffusers': pictures to latents and back. Writes vae.json beside.
+
+    python tests/benchmarks/vae.py [sdxl-512-bf16 tiny-64-fp32 ...] [--batch 1] [--rounds 30]
+
+On a CPU both run as they come. On a GPU diffusers also compiled, minipic also as one CUDA graph with channels-last
+convolutions, with PyTorch's kernels and with its own.
+"""
+
+import torch
+from record import record
+from side_by_side import (DEVICE, DTYPES, GPU, Case, agree, compare, compiled, flops, graphed, options, peer_of,
+                          with_triton)
+
+CASES = "tiny-64-bf16 sdxl-1024-bf16" if GPU else "tiny-64-fp32 sdxl-512-bf16 sdxl-512-fp32"
+
+
+@torch.no_grad()
+def run(case: Case, batch, rounds):
+    vae = case.network("vae")
+    peer, tolerance = peer_of(vae), 1e-4 if case.kind == "fp32" else 5e-2
+    image = torch.randn(batch, 3, case.side, case.side, device=DEVICE, dtype=DTYPES[case.kind]).clamp(-1, 1)
+    z = vae.encode(image)[0]
+    works = {"decode": {"diffusers": lambda: peer.decode(z).sample, "minipic": lambda: vae.decode(z)},
+             "encode": {"diffusers": lambda: peer.encode(image).latent_dist.mean,
+                        "minipic": lambda: vae.encode(image)[0]}}
+    if GPU:
+        fast = peer_of(vae)
+        compiled(fast, fast.encoder, fast.decoder)
+        last = case.network("vae").to(memory_format=torch.channels_last)
+        last.load_state_dict(vae.state_dict())
+        works["decode"]["diffusers compiled"] = lambda: fast.decode(z).sample
+        works["encode"]["diffusers compiled"] = lambda: fast.encode(image).latent_dist.mean
+        for name, ours in (("decode", lambda: last.decode(z)), ("encode", lambda: last.encode(image)[0])):
+            works[name]["minipic graph"] = graphed(ours)
+            works[name]["minipic triton graph"] = graphed(with_triton(ours))
+    rows = {}
+    for name, each in works.items():
+        agree(each, tolerance)
+        given = {"decode": z, "encode": image}[name].to("meta")
+        count = flops(vae, lambda meta: getattr(meta, name)(given))
+        rows[name] = compare(f"VAE {name}, {case}, batch {batch}", each, count, case.kind, rounds)
+    return rows
+
+
+def main():
+    chosen = options(__doc__, CASES)
+    results = {f"{name}, {case}, batch {chosen.batch}": rows for case in chosen.cases
+               for name, rows in run(case, chosen.batch, chosen.rounds).items()}
+    print(record("vae", results, rounds=chosen.rounds))
+
+
+if __name__ == "__main__":
+    main()

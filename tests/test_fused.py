@@ -1,0 +1,232 @@
+"""Fused norms and gates: the Triton kernels against their plain twins in float64.
+
+In Triton's interpreter where there is no GPU; and compiled for sm_90, for the interpreter knows nothing of registers.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+import peers
+import pytest
+import torch
+import torch.nn as nn
+
+from minipic.common import InputError
+from minipic.layers import blocks
+from minipic.layers.blocks import geglu, group_norm, layer_norm
+from minipic.models.unet import UNet, UNetConfig
+from minipic.models.vae import VAE, VAEConfig
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are decorated
+DEVICE = "cuda" if GPU else "cpu"
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+LAYOUTS = {
+    "contiguous": lambda x: x, "channels-last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "some channels of more": lambda x: torch.cat([x, x], dim=1)[:, :x.shape[1]],
+    "tokens": lambda x: x.flatten(2).mT.contiguous().mT.unflatten(2, x.shape[2:])}  # as a transformer returns pixels
+# shape, groups: more pixels and channels than a tile; groups of one channel; one pixel; more tiles than one read
+GROUP_NORMS = [((2, 70, 9, 8), 2), ((1, 5, 3, 3), 5), ((2, 6, 1, 1), 1), ((1, 2, 51, 43), 2)]
+GROUP_NORMS += [((2, 320, 128, 128), 32), ((2, 2560, 32, 32), 32)] * GPU
+
+
+def numbers(*shape, seed=0, dtype=torch.float32):
+    return (1 + 2 * peers.numbers(shape, seed)).to(DEVICE, dtype)
+
+
+def norm_of(module, dtype):
+    """The module with numbers for its parameters."""
+    return peers.fill(module).to(DEVICE, dtype)
+
+
+def values_and_gradients(run, x, norm=None, backend=None):
+    """The output and the gradients of x and of the norm's parameters; the gradient comes in another layout than x."""
+    leaves = [x.detach().requires_grad_(), *(norm.parameters() if norm else ())]
+    out = run(leaves[0], backend=backend) if norm is None else run(leaves[0], norm, backend=backend)
+    grad = numbers(*out.shape[::-1], seed=7, dtype=x.dtype).permute(*reversed(range(out.ndim)))
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def check(run, x, norm=None, tolerance=None):
+    """Kernel and twin agree, the twin computing in float64 with the same rounded numbers."""
+    pytest.importorskip("triton")
+    found = values_and_gradients(run, x, norm, "triton")
+    expected = values_and_gradients(run, x.double(), norm and norm.double(), "plain")
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == x.dtype and one.shape == other.shape
+        assert (one.double() - other).abs().max() <= (tolerance or TOLERANCE[x.dtype]) * other.abs().max()
+    return found
+
+
+def with_silu(x, norm, backend):
+    return group_norm(x, norm, silu=True, backend=backend)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape, groups", GROUP_NORMS, ids=str)
+def test_group_norm(shape, groups, layout):
+    x = LAYOUTS[layout](numbers(*shape))
+    run = group_norm if layout == "tokens" else with_silu
+    out, dx, *_ = check(run, x, norm_of(nn.GroupNorm(groups, shape[1]), x.dtype))
+    orders = [[y.is_contiguous(memory_format=order) for order in (torch.contiguous_format, torch.channels_last)]
+              for y in (x, out, dx)]
+    assert orders[1] == orders[2] and (orders[0] == orders[1] or layout == "some channels of more")
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 96), (1, 3), (37, 100)] + [(2, 4096, 640)] * GPU, ids=str)
+def test_layer_norm(shape):
+    x = numbers(*shape)
+    check(layer_norm, x, norm_of(nn.LayerNorm(shape[-1]), x.dtype), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 24), (5, 2), (1, 2, 2 * 1030)] + [(2, 4096, 5120)] * GPU, ids=str)
+def test_geglu(shape):
+    check(geglu, numbers(*shape))
+    check(geglu, numbers(*shape[::-1]).permute(*reversed(range(len(shape)))))  # not contiguous
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bits(dtype):
+    x = numbers(2, 12, 5, 7, dtype=dtype)
+    check(with_silu, x, norm_of(nn.GroupNorm(3, 12), dtype))
+    check(layer_norm, numbers(9, 20, dtype=dtype), norm_of(nn.LayerNorm(20), dtype))
+    check(geglu, numbers(9, 20, dtype=dtype))
+
+
+def test_moments_of_numbers_far_from_zero():
+    """E[x^2] - E[x]^2 would lose the variance: of 1000 +- 2, and of channels at -1000 and 1000."""
+    x = 1000 + numbers(1, 4, 9, 11)
+    found, expected = (group_norm(y, norm_of(nn.GroupNorm(2, 4), y.dtype), backend=backend)
+                       for y, backend in ((x, "triton"), (x.double(), "plain")))
+    assert peers.distance(found.double(), expected) < 5e-4
+    rows = 1000 + numbers(3, 50)
+    found, expected = (layer_norm(y, norm_of(nn.LayerNorm(50), y.dtype), backend=backend)
+                       for y, backend in ((rows, "triton"), (rows.double(), "plain")))
+    assert peers.distance(found.double(), expected) < 5e-4
+
+
+def test_every_number_is_written_and_none_beyond(monkeypatch):
+    """Whatever is allocated starts as NaN, with a guard behind it that must stay NaN."""
+    pytest.importorskip("triton")
+    empty_like, new_empty, made = torch.empty_like, torch.Tensor.new_empty, []
+
+    def poisoned(x, shape, stride, dtype):
+        made.append(torch.full((torch.Size(shape).numel() + 64,), float("nan"), dtype=dtype, device=x.device))
+        return made[-1].as_strided(shape, stride)
+
+    def poisoned_new(x, *shape, **how):
+        if "device" in how:  # the interpreter's own
+            return new_empty(x, *shape, **how)
+        return poisoned(x, shape, torch.zeros(shape).stride(), how["dtype"])
+    monkeypatch.setattr(torch, "empty_like", lambda x, **how: poisoned(
+        x, x.shape, empty_like(x, **how).stride(), x.dtype))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_new)
+    for layout in ("contiguous", "channels-last"):
+        x = LAYOUTS[layout](numbers(2, 66, 5, 13))
+        check(with_silu, x, norm_of(nn.GroupNorm(2, 66), x.dtype))
+    check(layer_norm, numbers(19, 37), norm_of(nn.LayerNorm(37), torch.float32), 1e-5)
+    check(geglu, numbers(3, 2, 2060))
+    assert len(made) > 15
+    assert all(store[-64:].isnan().all() and store[:-64].isfinite().all() for store in made)
+
+
+def test_twins_have_the_gradients_of_finite_differences():
+    for run, x, norm in ((with_silu, numbers(2, 4, 2, 3).double(), nn.GroupNorm(2, 4).double()),
+                         (layer_norm, numbers(3, 5).double(), nn.LayerNorm(5).double())):
+        norm = peers.fill(norm).to(DEVICE)
+        assert torch.autograd.gradcheck(lambda x, *_: run(x, norm, backend="plain"),
+                                        (x.requires_grad_(), *norm.parameters()))
+    assert torch.autograd.gradcheck(geglu, numbers(3, 8).double().requires_grad_())
+
+
+def networks():
+    """A UNet and a VAE as small as they come, with their inputs."""
+    unet = UNetConfig(block_out_channels=(8, 16), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                      up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(0, 1),
+                      attention_head_dim=(1, 1), layers_per_block=1, cross_attention_dim=6, norm_num_groups=2,
+                      addition_time_embed_dim=8, projection_class_embeddings_input_dim=20 + 6 * 8)
+    vae = VAEConfig(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2)
+    yield UNet(unet), peers.unet_outputs, {
+        "x": numbers(1, 4, 6, 4), "t": torch.tensor(3.0), "context": numbers(1, 3, 6), "pooled": numbers(1, 20),
+        "size_ids": torch.zeros(1, 6, device=DEVICE)}
+    yield VAE(vae), peers.vae_outputs, {"image": numbers(1, 3, 8, 8), "z": numbers(1, 4, 4, 4)}
+
+
+@pytest.mark.parametrize("network", [0, 1], ids=["unet", "vae"])
+def test_networks_send_every_norm_and_gate_through(network, monkeypatch):
+    pytest.importorskip("triton")
+    model, outputs, given = list(networks())[network]
+    peers.fill(model).to(DEVICE)
+
+    def results():
+        out = torch.cat([value.flatten() for value in outputs(model, **given).values()])
+        return out.detach(), torch.autograd.grad(out.sum(), [*model.parameters()])
+    expected, expected_gradients = results()
+    monkeypatch.setattr(blocks, "choose", lambda: "triton")
+    for module in (nn.GroupNorm, nn.LayerNorm):
+        monkeypatch.setattr(module, "forward", None)
+    found, gradients = results()
+    assert peers.distance(found, expected) < 1e-5
+    largest = max(g.abs().max() for g in expected_gradients)
+    assert max((one - other).abs().max() for one, other in zip(gradients, expected_gradients)) < 1e-5 * largest
+
+
+def test_unknown_backend_is_refused_by_name():
+    with pytest.raises(InputError, match="'cuda'"):
+        geglu(numbers(2, 4), backend="cuda")
+
+
+def test_triton_backend_needs_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "minipic.layers.fused", None)
+    monkeypatch.delattr("minipic.layers.fused", raising=False)
+    with pytest.raises(InputError, match="needs the triton package"):
+        geglu(numbers(2, 4), backend="triton")
+
+
+# Compiled without a GPU -------------------------------------------------------------------------------------------
+
+COMPILE = '''
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from minipic.layers import fused
+TABLES = dict.fromkeys("means squares scale shift mean rstd first second dweight dbias".split(), "*fp32")
+ORDERS = {"channels": {"sc": 1}, "pixels": {"sp": 1}}  # which of them lie side by side
+norm = {"PIXELS": fused.TILE["PIXELS"], "GROUP": 10, "WIDTH": 16, "TILES": 32}
+kernels = [("moments", fused.TILE | order) for order in ORDERS.values()] + [("combine", norm)]
+kernels += [("apply", fused.TILE | order | {"SILU": True}) for order in ORDERS.values()]
+kernels += [("group_norm_grad", fused.TILE | order | {"SILU": True, "SUM": total}) for order in ORDERS.values()
+            for total in (True, False)]
+kernels += [("layer_norm", {"WIDTH": 2048}), ("layer_norm_grad", {"WIDTH": 2048, "ROWS": fused.ROWS})]
+kernels += [("geglu", {"BACKWARD": backward, "SPAN": fused.SPAN}) for backward in (False, True)]
+for i, (name, fixed) in enumerate(kernels):
+    kernel = getattr(fused, name + "_kernel")
+    kinds = dict.fromkeys("x y grad out dx weight bias".split(), "*bf16") | {"eps": "fp32"} | TABLES
+    kinds |= dict.fromkeys(fixed, "constexpr")
+    names = kernel.arg_names
+    compiled = triton.compile(
+        triton.compiler.ASTSource(
+            kernel, {arg: kinds.get(arg, "i32") for arg in names},
+            {(names.index(arg),): value for arg, value in fixed.items()},
+            {(place,): [["tt.divisibility", 16]] for place, arg in enumerate(names)
+             if arg not in fixed and arg not in ("eps", "tiles", "rows")}),
+        target=GPUTarget("cuda", 90, 32))
+    open(f"{sys.argv[1]}/{name}-{i}.ptx", "w").write(compiled.asm["ptx"])
+'''
+
+
+@pytest.mark.skipif(GPU, reason="the kernels themselves run here")
+def test_kernels_compile_for_sm_90_without_spills(tmp_path):
+    """In a process of its own: here the kernels are decorated for the interpreter. All read 16 bytes at a time."""
+    triton = pytest.importorskip("triton")
+    subprocess.run([sys.executable, "-c", COMPILE, tmp_path], check=True,
+                   env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)})
+    files = sorted(tmp_path.glob("*.ptx"))
+    assert len(files) == 13
+    for file in files:
+        said = subprocess.run([triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", file, "-o", os.devnull],
+                              capture_output=True, text=True, check=True).stderr
+        assert re.findall(r"(\d+) bytes spill", said) == ["0", "0"], file.name
+        assert "combine" in file.name or re.search(r"ld\.global\S*\.v4\.b32", file.read_text()), file.name
