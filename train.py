@@ -29,6 +29,7 @@ RECIPES = {
     "clip": "minipic.methods.clip",
     "vae": "minipic.methods.vae",
     "t2i": "minipic.methods.t2i",
+    "controlnet": "minipic.methods.controlnet",
 }
 
 
@@ -39,7 +40,7 @@ def main(argv=None):
         if name in ("-h", "--help"):
             print(__doc__ + "\nRecipes:")
             for name, module in RECIPES.items():
-                print(f"    {name:8} {importlib.import_module(module).__doc__.strip().splitlines()[0]}")
+                print(f"    {name:10} {importlib.import_module(module).__doc__.strip().splitlines()[0]}")
             return 0
         if name not in RECIPES:
             raise InputError(f"unknown recipe {name!r}; the first word must be one of {', '.join(RECIPES)}")

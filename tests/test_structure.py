@@ -21,7 +21,7 @@ FLOORS = [  # a room imports only from floors below its own, and from itself
     ["methods"],
 ]
 PACKAGES = {"torch", "numpy", "PIL", "safetensors", "tokenizers", "tqdm", "minipic"}
-FILE_LINES, FUNCTION_LINES, PACKAGE_LINES = 350, 60, 6800
+FILE_LINES, FUNCTION_LINES, PACKAGE_LINES = 350, 60, 7080
 
 PACKAGE = readme.package()
 SOURCES = PACKAGE + sorted(f.relative_to(ROOT).as_posix() for folder in ("weights", "tutorials")

@@ -11,9 +11,9 @@ import torch
 from tqdm import tqdm
 
 from minipic.common import InputError, option, random
-from minipic.data import caption_of, compose, draw
+from minipic.data import Picture, caption_of, compose, draw
 from minipic.diffusion.schedule import Schedule
-from minipic.folder import Photo, read_folder
+from minipic.folder import read_folder
 from minipic.image import labelled_grid
 from minipic.layers import lora
 from minipic.layouts import load_part, open_part
@@ -107,9 +107,10 @@ def text_layers(pipeline):
     return [encoder.text_model.encoder.layers[:-1] for encoder in others] + [last]
 
 
-def data(pipeline, config):
-    """Batches of latents of one bucket: x0 and noise [B,4,h,w], t [B], size_ids [B,6], captions (None: left out)."""
-    pictures = pictures_of(pipeline, config)
+def data(pipeline, config, pictures=None):
+    """Batches of latents of one bucket: x0 and noise [B,4,h,w], t [B], size_ids [B,6], captions (None: left out), and
+    rows, which of `pictures` they are of."""
+    pictures = pictures or pictures_of(pipeline, config)
     pipeline.prompts = list(dict.fromkeys(photo.text for photo in pictures))[:4] if config.data else PROMPTS
     latents = encode_pictures(pipeline.vae, pictures)
     texts = {} if config.train_text or not config.data else encode_texts(pipeline, pictures)
@@ -127,7 +128,7 @@ def data(pipeline, config):
         return {**known, "x0": mean + std * torch.randn(mean.shape, generator=generator),
                 "noise": torch.randn(mean.shape, generator=generator),
                 "t": torch.randint(pipeline.schedule.num_train_timesteps, (), generator=generator),
-                "size_ids": pictures[row].size_ids, "captions": text}
+                "size_ids": pictures[row].size_ids, "captions": text, "rows": row}
 
     def batch(step, indices):
         bucket = int(torch.multinomial(share, 1, generator=random(config.seed, "bucket", step)))
@@ -146,7 +147,7 @@ def pictures_of(pipeline, config):
 
 
 def words_of(picture, generator):
-    return picture.text if isinstance(picture, Photo) else caption_of(picture, generator)
+    return caption_of(picture, generator) if isinstance(picture, Picture) else picture.text
 
 
 @torch.no_grad()
@@ -168,8 +169,8 @@ def encode_pictures(vae, pictures, chunk=64):
         rows = order[start:start + chunk]
         for size in {pictures[i].size for i in rows}:
             same = [i for i in rows if pictures[i].size == size]
-            photos = isinstance(pictures[same[0]], Photo)
-            images = [pictures[i].draw() for i in same] if photos else draw([pictures[i] for i in same])
+            world = isinstance(pictures[same[0]], Picture)
+            images = draw([pictures[i] for i in same]) if world else [pictures[i].draw() for i in same]
             images = torch.stack(images).to(device, next(vae.parameters()).dtype)
             with torch.autocast(device.type, torch.bfloat16):
                 mean, logvar = vae.encode(images)
@@ -179,14 +180,15 @@ def encode_pictures(vae, pictures, chunk=64):
     return latents
 
 
-def loss(pipeline, batch, config):
+def loss(pipeline, batch, config, network=None):
+    """`network`: what predicts, if it is not the UNet alone."""
     if "context" in batch:
         context, pooled = batch["context"], batch.get("pooled")
     else:
         context, pooled = encode_batch(pipeline, batch["captions"], config.train_text)
 
     def predict(x, t):
-        return pipeline.unet(x, t, context, pooled, batch["size_ids"])
+        return (network or pipeline.unet)(x, t, context, pooled, batch["size_ids"])
     return pipeline.schedule.objective.loss(predict, batch["x0"], batch["noise"], batch["t"].cpu(),
                                             config.min_snr or None).mean()
 
