@@ -27,8 +27,6 @@ PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 AT_ONCE = 1024 * 1024  # pixels in all; the VAE's activations are the largest there are: 0.5 GB each in fp32
 AESTHETIC = (6.0, 2.5)  # what the refiner is told of the wanted and the unwanted picture, on a scale to 10 (diffusers)
-SHARED = ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim",  # with a UNet's ControlNet
-          "addition_embed_type", "projection_class_embeddings_input_dim")
 
 
 class Pipeline(nn.Module):
@@ -112,17 +110,11 @@ class Pipeline(nn.Module):
         like = next(self.unet.parameters())
         dtype, device = self.lazy["unet"][1:] if self.lazy else (like.dtype, like.device)
         part = open_controlnet(path, half=dtype != torch.float32)
-        ours, its = self.unet.config, part.config
-        for name in SHARED:
-            if getattr(its, name) != getattr(ours, name):
-                raise InputError(f"--controlnet {path}: has {name}={getattr(its, name)!r}, this model's UNet "
-                                 f"{getattr(ours, name)!r}; use a ControlNet that was made for it")
-        if its.factor != self.vae.config.factor or its.conditioning_channels != 3:
-            raise InputError(f"--controlnet {path}: makes of {its.conditioning_channels} channels latents {its.factor} "
-                             f"times as small; this model needs 3 and {self.vae.config.factor}")
+        if misfit := part.config.misfit(self.unet.config, self.vae.config.factor):
+            raise InputError(f"--controlnet {path}: {misfit}; use a ControlNet that was made for this model")
         if self.lazy:
             self.lazy["controlnet"] = part, dtype, device
-        self.controlnet = blank(part.model, its) if self.lazy else load_part(part, dtype, device)
+        self.controlnet = blank(part.model, part.config) if self.lazy else load_part(part, dtype, device)
 
     def fetch(self, *names):
         """Read these parts from disk unless they are here."""

@@ -28,10 +28,15 @@ class ControlNetConfig(EncoderConfig):
     def to_json(self):
         return {"_class_name": "ControlNetModel", **asdict(self)}
 
-    @property
-    def factor(self):
-        """Pixels of the hint a latent pixel, along each side; the VAE's factor."""
-        return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
+    def misfit(self, unet, factor):
+        """Why this cannot steer a UNet with the UNetConfig `unet` and a VAE of `factor`, in words; None if it can."""
+        for name in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim",
+                     "addition_embed_type", "projection_class_embeddings_input_dim"):
+            if getattr(self, name) != getattr(unet, name):
+                return f"has {name}={getattr(self, name)!r} and the UNet {getattr(unet, name)!r}"
+        channels, times = self.conditioning_channels, 2 ** (len(self.conditioning_embedding_out_channels) - 1)
+        if (channels, times) != (3, factor):
+            return f"takes {channels} channels of {times} times the latents' size instead of 3 of {factor} times"
 
 
 def zero(conv):
