@@ -5,6 +5,7 @@
     python sample.py "a cat" --model weights/sdxl-turbo --steps 1 --guidance 0
     python sample.py "snow" --image photo.png --strength 0.6 --mask m.png    redraw a picture, or its white part only
     python sample.py "a cat" --model weights/sdxl-base --lora style.safetensors:0.8
+    python sample.py "a red cube" --controlnet runs/controlnet/model --control edges.png --control-scale 0.8
     python sample.py --from pictures/grid.png --steps 50                     the settings of an earlier picture again
     torchrun --nproc_per_node=2 sample.py --prompts prompts.txt              several GPUs share the prompts
 """
@@ -51,6 +52,9 @@ class Settings:
     lora: tuple[str, ...] = option((), "LoRA file, or FILE:SCALE; give the flag once for each")
     embedding: tuple[str, ...] = option((), "textual inversion file, or FILE:WORD; give the flag once for each")
     lora_allow_partial: bool = option(False, "use a LoRA although some of its tensors fit no layer of this model")
+    controlnet: str = option(None, "a ControlNet's folder; it makes the picture follow --control")
+    control: str = option(None, "picture of edges, depth or whatever the ControlNet was trained on")
+    control_scale: float = option(1.0, "how closely to follow --control; 1 is as trained, 0 is off")
     original_size: str = option(None, "WIDTHxHEIGHT that SDXL is told the training picture had; --size if left out")
     crop: str = option("0,0", "LEFT,TOP of the cut that SDXL is told was made from that picture")
     target_size: str = option(None, "WIDTHxHEIGHT that SDXL is told was wanted; --size if left out")
@@ -177,16 +181,22 @@ def draw(config):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     device, dtype = choose(config, int(os.environ.get("LOCAL_RANK", 0)))
     prompts, (single, together) = read_prompts(config)[rank::world], place(config)
-    image, mask = (open_picture(name) if name else None for name in (config.image, config.mask))
+    image, mask, control = (open_picture(name) if name else None
+                            for name in (config.image, config.mask, config.control))
     load = {"dtype": DTYPES[dtype], "device": device, "lazy": True, "check_hashes": config.verify}
     pipeline = Pipeline.load(config.model, vae=config.vae, **load)
     add_loras(pipeline, config)
     add_embeddings(pipeline, config)
+    if config.controlnet:
+        pipeline.add_control(config.controlnet)
+        if not control:
+            raise InputError(f"--controlnet {config.controlnet}: needs --control, the picture to follow")
     refiner = Pipeline.load(config.refiner, **load) if config.refiner else None
     size, sampler, grid = pipeline.plan(config.steps, config.n, pair(config.size, "size", "x"), config.sampler, image,
-                                        config.strength, mask)
+                                        config.strength, mask, control, config.control_scale)
     given = {"negative": config.negative, "steps": config.steps, "guidance": config.guidance, "size": size,
              "sampler": sampler, "image": image, "strength": config.strength, "mask": mask, "refiner": refiner,
+             "control": control, "control_scale": config.control_scale,
              "original_size": pair(config.original_size, "original-size", "x"), "crop": pair(config.crop, "crop", ","),
              "target_size": pair(config.target_size, "target-size", "x")}
     for prompt in prompts:  # all of them, before the text encoders make room for the UNet

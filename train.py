@@ -31,6 +31,7 @@ RECIPES = {
     "t2i": "minipic.methods.t2i",
     "dreambooth": "minipic.methods.dreambooth",
     "inversion": "minipic.methods.inversion",
+    "controlnet": "minipic.methods.controlnet",
 }
 
 

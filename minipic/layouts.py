@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from minipic import keys
 from minipic.common import InputError
 from minipic.models.clip import CLIP_L, OPENCLIP_BIGG, CLIPText, CLIPTextConfig
+from minipic.models.controlnet import ControlNet, ControlNetConfig
 from minipic.models.unet import SD15, SDXL_BASE, SDXL_REFINER, UNet, UNetConfig
 from minipic.models.vae import SD15_VAE, SDXL_VAE, VAE, VAEConfig
 from minipic.weights import read_header, read_json, save_weights, stream, verify, write_json
@@ -48,7 +49,9 @@ KINDS = {  # part: network, its config, the classes that the official files name
     "vae": (VAE, VAEConfig, ("AutoencoderKL",), "diffusion_pytorch_model", keys.vae),
     "text_encoder": (CLIPText, CLIPTextConfig, ("CLIPTextModel", "CLIPTextModelWithProjection"), "model", keys.clip),
     "text_encoder_2": (CLIPText, CLIPTextConfig, ("CLIPTextModelWithProjection",), "model", keys.clip),
+    "controlnet": (ControlNet, ControlNetConfig, ("ControlNetModel",), "diffusion_pytorch_model", keys.same),
 }
+ADDED = {"controlnet"}  # parts that are no part of a model's folder
 # What else an official model_index.json may list: read elsewhere, or not needed to draw.
 OTHERS = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor", "safety_checker", "image_encoder")
 PIPELINES = re.compile(r"StableDiffusion(XL)?(Img2Img|Inpaint)?Pipeline")
@@ -139,7 +142,7 @@ def open_folder(path, half=False):
     if not PIPELINES.fullmatch(str(pipeline)):
         raise InputError(f"{path / 'model_index.json'} describes a {pipeline}; supported: Stable Diffusion 1, 2, XL")
     present = {name for name, value in index.items() if isinstance(value, list) and value[1:] != [None]}
-    for name in sorted(present - KINDS.keys() - set(OTHERS)):
+    for name in sorted(present - (KINDS.keys() - ADDED) - set(OTHERS)):
         raise InputError(f"{path / 'model_index.json'} lists a part {name!r}, which is not supported")
     parts = {name: open_part(path / name, name, half) for name in KINDS if name in present}
     for name in ("unet", "vae"):
@@ -194,6 +197,16 @@ def open_vae(path, config=SDXL_VAE):
         raise InputError(f"{path} is {what}; expected a VAE")
     prefix = FIRST_STAGE.prefix if any(name.startswith(FIRST_STAGE.prefix) for name in entries) else ""
     return checked(Part(VAE, config, {path: own(entries, prefix)}, prefix, keys.vae))
+
+
+def open_controlnet(path, half=False):
+    """A ControlNet: a diffusers folder with its config.json."""
+    path = Path(path)
+    if path.is_file():
+        raise InputError(f"{path} is one file ({look(path)[1]}); expected a ControlNet's folder with its config.json")
+    if (path / "model_index.json").exists():
+        raise InputError(f"{path} is a whole model; expected a ControlNet's folder")
+    return open_part(path, "controlnet", half)
 
 
 def checked(part):

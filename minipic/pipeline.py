@@ -4,32 +4,31 @@
     pictures = pipeline.generate("a small red sphere left of a large blue cube", n=4)
 
 SDXL (arXiv 2307.01952): base, refiner, Turbo; Stable Diffusion 1.x and 2.x; image-to-image (2108.01073); inpainting by
-latent replacement (2201.09865). The same seed gives the picture that diffusers gives.
+latent replacement (2201.09865); ControlNet (2302.05543). The same seed gives the picture that diffusers gives.
 """
 
+import math
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
+from minipic.adapters import TOKENIZERS, Adapters
 from minipic.common import InputError
 from minipic.diffusion.guidance import combine, rescale as rescale_to
 from minipic.diffusion.samplers import SAMPLERS, keep
 from minipic.diffusion.schedule import Schedule
-from minipic.embedding import grow, load_embedding
 from minipic.image import cover, to_pictures, to_tensor
 from minipic.layers import lora
 from minipic.layouts import blank, load_part, open_model, open_vae, save_folder
 from minipic.text import Conditioning, Tokenizer, encode, size_ids
-from minipic.weights import load_lora
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 AT_ONCE = 1024 * 1024  # pixels in all; the VAE's activations are the largest there are: 0.5 GB each in fp32
 AESTHETIC = (6.0, 2.5)  # what the refiner is told of the wanted and the unwanted picture, on a scale to 10 (diffusers)
 
 
-class Pipeline(nn.Module):
+class Pipeline(Adapters):
     """The networks, tokenizers and noise schedule of one model; `index` is its model_index.json.
 
     SDXL's refiner has no text_encoder, Stable Diffusion 1.x and 2.x have no text_encoder_2.
@@ -43,8 +42,6 @@ class Pipeline(nn.Module):
         self.sdxl = unet.config.addition_embed_type is not None
         self.index = index or {"_class_name": "StableDiffusionXLPipeline" if self.sdxl else "StableDiffusionPipeline"}
         self.lazy, self.texts = {}, {}  # filled only by load(lazy=True): parts still on disk, texts already encoded
-        self.loras = {}  # {name: (scale, {part: {module: (A, B, alpha)}})}
-        self.words = {}  # {word: {part: vectors [n,D]}}
 
     @classmethod
     def load(cls, path, dtype=None, device=None, vae=None, lazy=False, check_hashes=False, lora=()):
@@ -76,69 +73,12 @@ class Pipeline(nn.Module):
             pipeline.add_lora(*(file if isinstance(file, tuple) else (file,)))
         return pipeline
 
-    def add_lora(self, path, scale=1.0, partial=False):
-        """Add the LoRA of a file in any common spelling, beside those that are there; nothing is read again.
-
-        `scale`: how strong, 1 as trained; `set_lora` changes it later. `partial`: leave out what fits no layer. The
-        file's path is its name. Raises InputError naming the file and what does not fit.
-        """
-        if str(path) in self.loras:
-            raise InputError(f"--lora {path}: given twice; give it once with the sum of the scales")
-        parts = {name: getattr(self, name) for name in ("unet", *TOKENIZERS) if getattr(self, name) is not None}
-        self.loras[str(path)] = scale, load_lora(path, parts, partial)
-        for part in parts:
-            if not next(parts[part].parameters()).is_meta:
-                self.apply_lora(part, str(path))
-
-    def apply_lora(self, part, name):
-        scale, found = self.loras[name]
-        for module, (a, b, alpha) in found.get(part, {}).items():
-            layer = getattr(self, part).get_submodule(module)
-            lora.add(layer, name, a.to(layer.weight.dtype), b.to(layer.weight.dtype), alpha)
-        lora.set_scale(getattr(self, part), scale, name)
-
-    def set_lora(self, path, scale):
-        """Change the strength of a LoRA that was added; 0 turns it off."""
-        self.loras[str(path)] = scale, self.loras[str(path)][1]
-        for part in self.loras[str(path)][1]:
-            lora.set_scale(getattr(self, part), scale, str(path))
-        self.texts.clear()
-
-    def add_embedding(self, path, word=None):
-        """Read a textual inversion, see embedding.load_embedding; `word` in a prompt means it from now on.
-
-        word: None takes the one in the file, else the file's name. Raises InputError naming the file and what is wrong.
-        """
-        vectors, told = load_embedding(path)
-        try:
-            self.add_word(word or told or Path(path).stem, vectors)
-        except InputError as error:
-            raise InputError(f"--embedding {path}: {error}") from None
-
-    def add_word(self, word, vectors):
-        """Let `word` in a prompt mean these vectors, {part: [n,D]}; InputError where they are not this model's."""
-        widths = {part: encoder.config.hidden_size for part in TOKENIZERS if (encoder := getattr(self, part))}
-        found = {part: tensor.shape[1] for part, tensor in vectors.items()}
-        if found != widths:
-            raise InputError(f"its vectors are as wide as {found}, this model's text encoders {widths}; use one made "
-                             "for this model")
-        for part, tensor in vectors.items():
-            getattr(self, TOKENIZERS[part]).add(word, len(tensor))
-            if not next(getattr(self, part).parameters()).is_meta:
-                grow(getattr(self, part), tensor)
-        self.words[word] = vectors
-        self.texts.clear()
-
     def fetch(self, *names):
         """Read these parts from disk unless they are here."""
         for name in names:
             if name in self.lazy and next(getattr(self, name).parameters()).is_meta:
                 setattr(self, name, load_part(*self.lazy[name]))
-                for file in self.loras:
-                    self.apply_lora(name, file)
-                for vectors in self.words.values():
-                    if name in vectors:
-                        grow(getattr(self, name), vectors[name])
+                self.apply_added(name)
 
     def free(self, *names):
         """Give back the memory of these parts, when they can be read again."""
@@ -198,7 +138,7 @@ class Pipeline(nn.Module):
     @torch.no_grad()
     def steps(self, prompt, negative=None, steps=30, guidance=5.0, seed=0, n=1, size=None, sampler=None, image=None,
               strength=0.75, mask=None, original_size=None, crop=(0, 0), target_size=None, rescale=0.0,
-              refiner=None, handover=0.8):
+              refiner=None, handover=0.8, control=None, control_scale=1.0):
         """Yield (x_t, predicted x0), each [n,4,h,w], after every step; `decode` makes pictures of either.
 
         guidance: 1 or less is off (Turbo); rescale: see diffusion/guidance.py. size: (width, height), multiples of 8.
@@ -206,8 +146,10 @@ class Pipeline(nn.Module):
         the higher `strength` (0 to 1); mask: a PIL picture of the same size, white where to draw and black where to
         keep `image`. original_size, crop (left, top) and target_size are SDXL's micro-conditioning: the picture is
         drawn as if cut out of one of that size. refiner: a Pipeline that takes the last 1 - handover of the schedule.
+        control: a PIL picture of edges, depth or the like for the ControlNet to follow, see `add_control`;
+        control_scale: how closely, 1 as trained, 0 not at all.
         """
-        size, sampler, grid = self.plan(steps, n, size, sampler, image, strength, mask)
+        size, sampler, grid = self.plan(steps, n, size, sampler, image, strength, mask, control, control_scale)
         text, factor, objective = self.encode(prompt, negative), self.vae.config.factor, self.schedule.objective
         generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]  # on the CPU: equal on every device
         shape = (self.unet.config.in_channels, size[1] // factor, size[0] // factor)
@@ -230,7 +172,9 @@ class Pipeline(nn.Module):
             pipeline.free(*TOKENIZERS)
         for pipeline, grid, text in stages:
             sizes = original_size or size, crop, target_size or size
-            predict = pipeline.predictor(*text, sizes, n, guidance, rescale)
+            follow = control and control_scale and pipeline is self
+            hint = (to_tensor(cover(control, size))[None] + 1) / 2 if follow else None
+            predict = pipeline.predictor(*text, sizes, n, guidance, rescale, hint, control_scale)
             denoise = pipeline.schedule.objective.denoiser(predict, grid)
             drawing = SAMPLERS[sampler](denoise, x, grid.sigmas, noise)
             if mask:
@@ -238,9 +182,10 @@ class Pipeline(nn.Module):
             for i, (x, x0) in enumerate(drawing):
                 yield objective.scaled(x, grid.sigmas[i + 1]), x0
             if refiner:
-                pipeline.free("unet")
+                pipeline.free("unet", "controlnet")
 
-    def plan(self, steps=30, n=1, size=None, sampler=None, image=None, strength=0.75, mask=None):
+    def plan(self, steps=30, n=1, size=None, sampler=None, image=None, strength=0.75, mask=None, control=None,
+             control_scale=1.0):
         """(size, sampler, Grid) of a drawing; InputError, naming sample.py's flag, for what cannot be drawn."""
         if sampler is not None and sampler not in SAMPLERS:
             raise InputError(f"--sampler {sampler}: unknown; choose one of {', '.join(SAMPLERS)}")
@@ -251,18 +196,23 @@ class Pipeline(nn.Module):
         if mask and mask.size != image.size:
             raise InputError("--mask has {}x{} pixels and --image {}x{}; make both the same size".format(
                 *mask.size, *image.size))
+        if control and not self.controlnet:
+            raise InputError("--control: needs --controlnet, the ControlNet that was trained on such pictures")
+        if not 0 <= control_scale < math.inf:
+            raise InputError(f"--control-scale {control_scale}: choose 0 (off) to about 2; 1 is as trained")
         if size is None:
-            size = tuple(side // 8 * 8 for side in image.size) if image else self.size
+            shown = image or control
+            size = tuple(side // 8 * 8 for side in shown.size) if shown else self.size
         if any(side < 8 or side % 8 for side in size):
             raise InputError(f"--size {'x'.join(map(str, size))}: width and height must be multiples of 8, at least 8")
         grid = self.schedule.grid(steps, sampler)
         return size, sampler or self.schedule.sampler, grid.strength(strength) if image else grid
 
-    def predictor(self, cond, uncond, sizes, n, guidance, rescale=0.0):
+    def predictor(self, cond, uncond, sizes, n, guidance, rescale=0.0, hint=None, scale=1.0):
         """The network with text and guidance inside: a function predict(x, t).
 
         cond, uncond: Conditionings of a row a prompt, drawn n times each; sizes: (original, crop, target). Guidance
-        runs both in one batch.
+        runs both in one batch. hint [1,3,H,W] and scale: what the ControlNet follows, and how much.
         """
         self.fetch("unet")
         guided, like = guidance > 1, next(self.unet.parameters())
@@ -273,8 +223,14 @@ class Pipeline(nn.Module):
         read = self.unet.read(context)
         ids = self.size_rows(*sizes)[-len(rows):].to(like.device).repeat_interleave(count, dim=0) if self.sdxl else None
 
+        if hint is not None:
+            self.fetch("controlnet")
+            hint, heard = hint.to(like), self.controlnet.read(context)
+
         def predict(x, t):
-            prediction = self.unet(torch.cat([x] * len(rows)).to(like.dtype), t, read, pooled, ids).to(x.dtype)
+            both = torch.cat([x] * len(rows)).to(like.dtype)
+            told = None if hint is None else self.controlnet(both, t, heard, hint, pooled, ids, scale)
+            prediction = self.unet(both, t, read, pooled, ids, told).to(x.dtype)
             if not guided:
                 return prediction
             without, with_text = prediction.chunk(2)

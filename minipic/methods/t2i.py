@@ -11,9 +11,9 @@ import torch
 from tqdm import tqdm
 
 from minipic.common import InputError, option, random
-from minipic.data import caption_of, compose, draw
+from minipic.data import Picture, caption_of, compose, draw
 from minipic.diffusion.schedule import Schedule
-from minipic.folder import Photo, read_folder
+from minipic.folder import read_folder
 from minipic.image import labelled_grid
 from minipic.layers import lora
 from minipic.layouts import load_part, open_part
@@ -121,14 +121,14 @@ def text_layers(pipeline):
 def data(pipeline, config):
     """See `batches`; on the world, or on the pictures of --data."""
     pictures = pictures_of(pipeline, config)
+    pipeline.prompts = captions_of(pictures)[:4] if config.data else PROMPTS
     texts = {} if config.train_text or not config.data else encode_texts(pipeline, pictures)
     return batches(pipeline, pictures, texts, config)
 
 
 def batches(pipeline, pictures, texts, config):
-    """Batches of latents of one bucket: x0 and noise [B,4,h,w], t [B], size_ids [B,6], captions (None: left out), and
-    context [B,N,D] and pooled [B,D] where `texts` has those of all captions (see encode_texts)."""
-    pipeline.prompts = list(dict.fromkeys(photo.text for photo in pictures))[:4] if config.data else PROMPTS
+    """Batches of latents of one bucket: x0 and noise [B,4,h,w], t [B], size_ids [B,6], captions (None: left out), rows,
+    which of `pictures` they are of, and context [B,N,D] and pooled [B,D] where `texts` has them, see encode_texts."""
     latents = encode_pictures(pipeline.vae, pictures)
     buckets = list({picture.size: None for picture in pictures})
     members = [[i for i, picture in enumerate(pictures) if picture.size == size] for size in buckets]
@@ -144,7 +144,7 @@ def batches(pipeline, pictures, texts, config):
         return {**known, "x0": mean + std * torch.randn(mean.shape, generator=generator),
                 "noise": torch.randn(mean.shape, generator=generator),
                 "t": torch.randint(pipeline.schedule.num_train_timesteps, (), generator=generator),
-                "size_ids": pictures[row].size_ids, "captions": text}
+                "size_ids": pictures[row].size_ids, "captions": text, "rows": row}
 
     def batch(step, indices):
         bucket = int(torch.multinomial(share, 1, generator=random(config.seed, "bucket", step)))
@@ -163,8 +163,12 @@ def pictures_of(pipeline, config):
                        config.caption)
 
 
+def captions_of(photos):
+    return list(dict.fromkeys(photo.text for photo in photos))
+
+
 def words_of(picture, generator):
-    return picture.text if isinstance(picture, Photo) else caption_of(picture, generator)
+    return caption_of(picture, generator) if isinstance(picture, Picture) else picture.text
 
 
 @torch.no_grad()
@@ -186,8 +190,8 @@ def encode_pictures(vae, pictures, chunk=64):
         rows = order[start:start + chunk]
         for size in {pictures[i].size for i in rows}:
             same = [i for i in rows if pictures[i].size == size]
-            photos = isinstance(pictures[same[0]], Photo)
-            images = [pictures[i].draw() for i in same] if photos else draw([pictures[i] for i in same])
+            world = isinstance(pictures[same[0]], Picture)
+            images = draw([pictures[i] for i in same]) if world else [pictures[i].draw() for i in same]
             images = torch.stack(images).to(device, next(vae.parameters()).dtype)
             with torch.autocast(device.type, torch.bfloat16):
                 mean, logvar = vae.encode(images)
@@ -203,10 +207,10 @@ def loss(pipeline, batch, config):
     return diffusion_loss(pipeline, batch, *encode_batch(pipeline, batch["captions"], config.train_text), config)
 
 
-def diffusion_loss(pipeline, batch, context, pooled, config):
-    """The objective's loss of a batch with its texts encoded -> scalar."""
+def diffusion_loss(pipeline, batch, context, pooled, config, network=None):
+    """The objective's loss of a batch with its texts encoded -> scalar. `network`: what predicts, if not the UNet."""
     def predict(x, t):
-        return pipeline.unet(x, t, context, pooled, batch["size_ids"])
+        return (network or pipeline.unet)(x, t, context, pooled, batch["size_ids"])
     return pipeline.schedule.objective.loss(predict, batch["x0"], batch["noise"], batch["t"].cpu(),
                                             config.min_snr or None).mean()
 

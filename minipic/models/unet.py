@@ -6,7 +6,7 @@ diffusers-layout files, so a checkpoint loads with no mapping; slots without par
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -34,15 +34,12 @@ FIXED = {
 
 
 @dataclass(frozen=True)
-class UNetConfig:
-    """The varying keys of unet/config.json; the defaults are SDXL base 1.0."""
+class EncoderConfig:
+    """The keys of config.json that a UNet and a ControlNet share; the defaults are SDXL base 1.0."""
 
-    sample_size: int = 128
     in_channels: int = 4
-    out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280)
     down_block_types: tuple[str, ...] = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
-    up_block_types: tuple[str, ...] = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
     layers_per_block: int = 2
     transformer_layers_per_block: int | tuple[int, ...] = (1, 2, 10)
     attention_head_dim: int | tuple[int, ...] = (5, 10, 20)  # the NUMBER of heads: a misnomer in the official files
@@ -55,25 +52,34 @@ class UNetConfig:
     norm_eps: float = 1e-5
 
     @classmethod
-    def from_json(cls, values, where="unet/config.json"):
+    def from_json(cls, values, where="config.json", fixed=FIXED):
         """Read an official config.json; keys it lacks take diffusers' defaults, which are SD 1.5's, not SDXL's."""
-        legacy = asdict(SD15) | {"cross_attention_dim": 1280}
-        config = from_json(cls, legacy | values, FIXED, where)
-        types = config.down_block_types + config.up_block_types[::-1]
-        for name, stem in zip(types, ["Down"] * len(config.down_block_types) + ["Up"] * len(config.up_block_types)):
-            if name not in (f"{stem}Block2D", f"CrossAttn{stem}Block2D"):
-                raise InputError(f"{where}: block type {name!r} is not supported")
+        legacy = {f.name: getattr(SD15, f.name, f.default) for f in fields(cls)} | {"cross_attention_dim": 1280}
+        config = from_json(cls, legacy | values, fixed, where)
+        for stem in ("Down", "Up"):
+            for name in getattr(config, f"{stem.lower()}_block_types", ()):
+                if name not in (f"{stem}Block2D", f"CrossAttn{stem}Block2D"):
+                    raise InputError(f"{where}: block type {name!r} is not supported")
         if config.addition_embed_type not in (None, "text_time"):
             raise InputError(f"{where}: addition_embed_type={config.addition_embed_type!r} is not supported "
                              "(supported: None, 'text_time')")
         return config
 
-    def to_json(self):
-        return {"_class_name": "UNet2DConditionModel", **asdict(self)}
-
     def per_level(self, value):
         """One value a level from a config entry that may be a single number."""
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
+
+
+@dataclass(frozen=True)
+class UNetConfig(EncoderConfig):
+    """The varying keys of unet/config.json; the defaults are SDXL base 1.0."""
+
+    sample_size: int = 128
+    out_channels: int = 4
+    up_block_types: tuple[str, ...] = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+
+    def to_json(self):
+        return {"_class_name": "UNet2DConditionModel", **asdict(self)}
 
 
 SDXL_BASE = UNetConfig()  # Turbo too
@@ -181,8 +187,10 @@ class Level(nn.Module):
             SpatialTransformer(channels, depth, heads, config) for _ in range(transformers))
 
 
-class UNet(nn.Module):
-    def __init__(self, config=SDXL_BASE):
+class Encoder(nn.Module):
+    """The way down to the middle, which a UNet and a ControlNet share."""
+
+    def __init__(self, config):
         super().__init__()
         self.config, self.checkpointing = config, False  # checkpointing: recompute blocks in backward to save memory
         widths, layers = config.block_out_channels, config.layers_per_block
@@ -194,29 +202,17 @@ class UNet(nn.Module):
         if config.addition_embed_type:
             self.add_embedding = TimestepMLP(config.projection_class_embeddings_input_dim, temb_width)
 
-        skips, channels = [widths[0]], widths[0]  # channels of what the way down leaves for the way up
+        self.skips, channels = [widths[0]], widths[0]  # channels of what the way down leaves for the way up
         self.down_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
             attends = config.down_block_types[i].startswith("CrossAttn")
             level = Level([channels] + [width] * (layers - 1), width, layers * attends, depths[i], heads[i], config)
             level.downsamplers = nn.ModuleList([Downsample(width)] if i < last else [])
             self.down_blocks.append(level)
-            skips += [width] * (layers + len(level.downsamplers))
+            self.skips += [width] * (layers + len(level.downsamplers))
             channels = width
 
         self.mid_block = Level([channels] * 2, channels, 1, depths[-1], heads[-1], config)
-
-        self.up_blocks = nn.ModuleList()
-        for i, width in reversed(list(enumerate(widths))):
-            attends = config.up_block_types[last - i].startswith("CrossAttn")
-            inputs = [(channels if layer == 0 else width) + skips.pop() for layer in range(layers + 1)]
-            level = Level(inputs, width, (layers + 1) * attends, depths[i], heads[i], config)
-            level.upsamplers = nn.ModuleList([Upsample(width)] if i > 0 else [])
-            self.up_blocks.append(level)
-            channels = width
-
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def embed(self, t, pooled, size_ids, like):
         """t, and for SDXL pooled text and size_ids, as one vector [B, 4 * first width] added in every resnet."""
@@ -239,24 +235,52 @@ class UNet(nn.Module):
             return checkpoint(module, *args, use_reentrant=False)
         return module(*args)
 
-    def forward(self, x, t, context, pooled=None, size_ids=None):
-        """x [B,C,h,w], t scalar or [B] in 0..999 (fractions allowed), context [B,N,D] or what `read` made of it,
-        pooled [B,D], size_ids [B,6] (both SDXL only) -> the prediction (noise, or velocity) [B,C_out,h,w]."""
-        temb = self.embed(t, pooled, size_ids, x)
-        x = self.conv_in(x)
-        skips = [x]
+    def down(self, x, temb, context):
+        """What conv_in made [B,C,h,w] -> a list of x after it and after every block, widths `skips`, and after the
+        middle."""
+        found = [x]
         for level in self.down_blocks:
             for i, resnet in enumerate(level.resnets):
                 x = self.run(resnet, x, temb)
                 x = self.run(level.attentions[i], x, context) if level.attentions else x
-                skips.append(x)
+                found.append(x)
             for downsample in level.downsamplers:
                 x = downsample(x)
-                skips.append(x)
+                found.append(x)
 
         x = self.run(self.mid_block.resnets[0], x, temb)
         x = self.run(self.mid_block.attentions[0], x, context)
-        x = self.run(self.mid_block.resnets[1], x, temb)
+        return [*found, self.run(self.mid_block.resnets[1], x, temb)]
+
+
+class UNet(Encoder):
+    def __init__(self, config=SDXL_BASE):
+        super().__init__(config)
+        widths, layers = config.block_out_channels, config.layers_per_block
+        depths, heads = (config.per_level(x) for x in (config.transformer_layers_per_block, config.attention_head_dim))
+        last, skips, channels = len(widths) - 1, list(self.skips), widths[-1]
+
+        self.up_blocks = nn.ModuleList()
+        for i, width in reversed(list(enumerate(widths))):
+            attends = config.up_block_types[last - i].startswith("CrossAttn")
+            inputs = [(channels if layer == 0 else width) + skips.pop() for layer in range(layers + 1)]
+            level = Level(inputs, width, (layers + 1) * attends, depths[i], heads[i], config)
+            level.upsamplers = nn.ModuleList([Upsample(width)] if i > 0 else [])
+            self.up_blocks.append(level)
+            channels = width
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def forward(self, x, t, context, pooled=None, size_ids=None, residuals=None):
+        """x [B,C,h,w], t scalar or [B] in 0..999 (fractions allowed), context [B,N,D] or what `read` made of it,
+        pooled [B,D], size_ids [B,6] (both SDXL only) -> the prediction (noise, or velocity) [B,C_out,h,w].
+        `residuals`: a list to add to what `down` gives."""
+        temb = self.embed(t, pooled, size_ids, x)
+        skips = self.down(self.conv_in(x), temb, context)
+        if residuals is not None:
+            skips = [skip + residual for skip, residual in zip(skips, residuals, strict=True)]
+        x = skips.pop()
 
         for level in self.up_blocks:
             for i, resnet in enumerate(level.resnets):

@@ -1,0 +1,97 @@
+"""What may be added to a model that stays as it is: LoRAs, new words and a ControlNet, each from a file of its own."""
+
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from minipic.common import InputError
+from minipic.embedding import grow, load_embedding
+from minipic.layers import lora
+from minipic.layouts import blank, load_part, open_controlnet
+from minipic.weights import load_lora
+
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+class Adapters(nn.Module):
+    """The part of a Pipeline that adds to its networks; it has `unet`, `vae`, text encoders, `lazy` and `texts`."""
+
+    def __init__(self):
+        super().__init__()
+        self.loras = {}  # {name: (scale, {part: {module: (A, B, alpha)}})}
+        self.words = {}  # {word: {part: vectors [n,D]}}
+        self.controlnet = None
+
+    def add_lora(self, path, scale=1.0, partial=False):
+        """Add the LoRA of a file in any common spelling, beside those that are there; nothing is read again.
+
+        `scale`: how strong, 1 as trained; `set_lora` changes it later. `partial`: leave out what fits no layer. The
+        file's path is its name. Raises InputError naming the file and what does not fit.
+        """
+        if str(path) in self.loras:
+            raise InputError(f"--lora {path}: given twice; give it once with the sum of the scales")
+        parts = {name: getattr(self, name) for name in ("unet", *TOKENIZERS) if getattr(self, name) is not None}
+        self.loras[str(path)] = scale, load_lora(path, parts, partial)
+        for part in parts:
+            if not next(parts[part].parameters()).is_meta:
+                self.apply_lora(part, str(path))
+
+    def apply_lora(self, part, name):
+        scale, found = self.loras[name]
+        for module, (a, b, alpha) in found.get(part, {}).items():
+            layer = getattr(self, part).get_submodule(module)
+            lora.add(layer, name, a.to(layer.weight.dtype), b.to(layer.weight.dtype), alpha)
+        lora.set_scale(getattr(self, part), scale, name)
+
+    def set_lora(self, path, scale):
+        """Change the strength of a LoRA that was added; 0 turns it off."""
+        self.loras[str(path)] = scale, self.loras[str(path)][1]
+        for part in self.loras[str(path)][1]:
+            lora.set_scale(getattr(self, part), scale, str(path))
+        self.texts.clear()
+
+    def add_embedding(self, path, word=None):
+        """Read a textual inversion, see embedding.load_embedding; `word` in a prompt means it from now on.
+
+        word: None takes the one in the file, else the file's name. Raises InputError naming the file and what is wrong.
+        """
+        vectors, told = load_embedding(path)
+        try:
+            self.add_word(word or told or Path(path).stem, vectors)
+        except InputError as error:
+            raise InputError(f"--embedding {path}: {error}") from None
+
+    def add_word(self, word, vectors):
+        """Let `word` in a prompt mean these vectors, {part: [n,D]}; InputError where they are not this model's."""
+        widths = {part: encoder.config.hidden_size for part in TOKENIZERS if (encoder := getattr(self, part))}
+        found = {part: tensor.shape[1] for part, tensor in vectors.items()}
+        if found != widths:
+            raise InputError(f"its vectors are as wide as {found}, this model's text encoders {widths}; use one made "
+                             "for this model")
+        for part, tensor in vectors.items():
+            getattr(self, TOKENIZERS[part]).add(word, len(tensor))
+            if not next(getattr(self, part).parameters()).is_meta:
+                grow(getattr(self, part), tensor)
+        self.words[word] = vectors
+        self.texts.clear()
+
+    def add_control(self, path):
+        """Add the ControlNet of a diffusers folder, for the `control` pictures of `steps`; it takes the place of an
+        earlier one. Raises InputError naming the folder and what does not fit this model."""
+        like = next(self.unet.parameters())
+        dtype, device = self.lazy["unet"][1:] if self.lazy else (like.dtype, like.device)
+        part = open_controlnet(path, half=dtype != torch.float32)
+        if misfit := part.config.misfit(self.unet.config, self.vae.config.factor):
+            raise InputError(f"--controlnet {path}: {misfit}; use a ControlNet that was made for this model")
+        if self.lazy:
+            self.lazy["controlnet"] = part, dtype, device
+        self.controlnet = blank(part.model, part.config) if self.lazy else load_part(part, dtype, device)
+
+    def apply_added(self, part):
+        """Add again what was added to a part that has just been read from disk."""
+        for file in self.loras:
+            self.apply_lora(part, file)
+        for vectors in self.words.values():
+            if part in vectors:
+                grow(getattr(self, part), vectors[part])

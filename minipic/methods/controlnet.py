@@ -1,0 +1,117 @@
+"""Trains a ControlNet: a copy of the UNet's encoder learns to make the picture follow edges, depth or segmentation.
+
+Only the ControlNet trains, with text-to-image's own loss (arXiv 2302.05543 equation 5), on maps of the world's scenes
+that are exact; the model stays as it is.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from minipic.common import InputError, option
+from minipic.image import labelled_grid, to_pictures
+from minipic.layouts import save_part
+from minipic.methods import t2i
+from minipic.models.controlnet import ControlNet
+from minipic.pipeline import Pipeline
+from minipic.training import Recipe as Base
+from minipic.world.tasks import TASKS
+
+
+@dataclass
+class Recipe(Base):
+    """Train a ControlNet for a model on maps of the world's scenes. The model itself stays as it is."""
+
+    model: str = option("weights/tiny", "pipeline folder or file; it stays as it is")
+    control: str = option("edges", "what the pictures follow", ("edges", "depth", "segmentation"))
+    side: int = option(0, "pictures are squares of this side in pixels; 0: the model's own")
+    steps: int = option(2000, "optimizer steps in all")
+    lr: float = option(3e-4, "peak learning rate")
+    precision: str = option("bf16", "arithmetic of the forward pass; the ControlNet's weights stay fp32",
+                            ("fp32", "bf16"))
+    scenes: int = option(4000, "different pictures; their latents and maps are kept in memory")
+    min_snr: float = option(0.0, "largest weight of a noise level, in signal-to-noise ratio; 0 weighs all alike")
+    drop: float = option(0.3, "share of captions left out, so that the map must say it (the paper: 0.5)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.side < 0 or self.side % 16:
+            raise InputError(f"--side must be a multiple of 16, not {self.side}")
+
+
+@dataclass
+class Scene:
+    """One training picture, with what data.Picture has: image and hint [3,H,W] in 8 bits, the hint in 0..255."""
+
+    image: torch.Tensor
+    hint: torch.Tensor
+    text: str
+
+    @property
+    def size(self):
+        return tuple(self.image.shape[1:])
+
+    @property
+    def size_ids(self):
+        return torch.tensor([*self.size, 0, 0, *self.size], dtype=torch.float32)
+
+    def draw(self):
+        return self.image / 127.5 - 1
+
+
+def scenes(pipeline, config, first, count, chunk=64):
+    """Scenes number `first` and following of the world, as pairs of a map and a picture."""
+    size, found = (config.side or pipeline.size[1], config.side or pipeline.size[0]), []
+    for start in range(first, first + count, chunk):
+        pairs = TASKS[config.control](config.seed, range(start, min(start + chunk, first + count)), size)
+        image, hint = (((x + 1) * 127.5).round().to(torch.uint8) for x in (pairs.target, pairs.source))
+        found += map(Scene, image, hint, pairs.prompts)
+    return found
+
+
+def build(config):
+    """The pipeline with a new ControlNet; what does not train needs no more digits than the arithmetic has."""
+    pipeline = Pipeline.load(config.model, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    pipeline.controlnet = ControlNet.from_unet(pipeline.unet, pipeline.vae.config.factor).float()
+    return pipeline
+
+
+def setup(pipeline, config):
+    return list(pipeline.controlnet.parameters())
+
+
+def data(pipeline, config):
+    """t2i's batches, with hint [B,3,H,W] in 0..1."""
+    pictures = scenes(pipeline, config, 0, config.scenes)
+    batch_of = t2i.batches(pipeline, pictures, {}, config)
+
+    def batch(step, indices):
+        found = batch_of(step, indices)
+        return found | {"hint": torch.stack([pictures[row].hint for row in found["rows"]]) / 255}
+    return batch
+
+
+def loss(pipeline, batch, config):
+    def network(x, t, context, pooled, size_ids):
+        residuals = pipeline.controlnet(x, t, context, batch["hint"], pooled, size_ids)
+        return pipeline.unet(x, t, context, pooled, size_ids, residuals)
+    texts = t2i.encode_batch(pipeline, batch["captions"], train_text=False)
+    return t2i.diffusion_loss(pipeline, batch, *texts, config, network)
+
+
+def sample(pipeline, config):
+    """Of four scenes that it never saw: the map, what is drawn from it with the prompt, and the scene itself."""
+    cells, device = [], pipeline.device.type
+    for scene in scenes(pipeline, config, config.scenes, 4):
+        hint, truth = to_pictures(torch.stack([scene.hint / 127.5 - 1, scene.draw()]))
+        with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):  # for two kinds of weights
+            drawn, = pipeline.generate(scene.text, steps=20, control=hint)
+        cells += [(hint, config.control), (drawn, scene.text), (truth, "the scene")]
+    return labelled_grid(*zip(*cells), columns=3)
+
+
+def export(pipeline, folder, config):
+    """The ControlNet alone, a folder that sample.py --controlnet and diffusers load; example.png is a map to try."""
+    save_part(pipeline.controlnet, folder, torch.float16)
+    scene, = scenes(pipeline, config, config.scenes, 1)
+    to_pictures(scene.hint[None] / 127.5 - 1)[0].save(folder / "example.png")

@@ -1,0 +1,90 @@
+"""ControlNet: a second encoder that looks at a picture and tells the frozen UNet what to add (arXiv 2302.05543).
+
+hint [B,3,H,W] in 0..1, and what the UNet gets -> residuals for every skip connection and the middle of the UNet.
+Official files for SDXL (full, -mid and -small) and SD 1.5 load unchanged: attribute paths are their keys.
+"""
+
+from dataclasses import asdict, dataclass, fields, replace
+
+import torch.nn as nn
+import torch.nn.functional as F
+
+from minipic.models.unet import FIXED, Encoder, EncoderConfig
+
+
+@dataclass(frozen=True)
+class ControlNetConfig(EncoderConfig):
+    """The varying keys of a ControlNet's config.json; the defaults are a full one for SDXL."""
+
+    conditioning_channels: int = 3
+    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)  # each but the first halves the picture
+
+    @classmethod
+    def from_json(cls, values, where="config.json"):
+        """As EncoderConfig's."""
+        return super().from_json(values, where, FIXED | {
+            "controlnet_conditioning_channel_order": ("rgb",), "global_pool_conditions": (False,)})
+
+    def to_json(self):
+        return {"_class_name": "ControlNetModel", **asdict(self)}
+
+    def misfit(self, unet, factor):
+        """Why this cannot steer a UNet with the UNetConfig `unet` and a VAE of `factor`, in words; None if it can."""
+        for name in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim",
+                     "addition_embed_type", "projection_class_embeddings_input_dim"):
+            if getattr(self, name) != getattr(unet, name):
+                return f"has {name}={getattr(self, name)!r} and the UNet {getattr(unet, name)!r}"
+        channels, times = self.conditioning_channels, 2 ** (len(self.conditioning_embedding_out_channels) - 1)
+        if (channels, times) != (3, factor):
+            return f"takes {channels} channels of {times} times the latents' size instead of 3 of {factor} times"
+
+
+def zero(conv):
+    """Let a convolution begin as zero: what it feeds is then at first as if it were not there (section 3.1)."""
+    nn.init.zeros_(conv.weight), nn.init.zeros_(conv.bias)
+    return conv
+
+
+class HintEncoder(nn.Module):
+    """hint [B,3,H,W] -> [B,C,h,w], the size of latents."""
+
+    def __init__(self, config):
+        super().__init__()
+        first, *_ = widths = config.conditioning_embedding_out_channels
+        self.conv_in = nn.Conv2d(config.conditioning_channels, first, 3, padding=1)
+        self.blocks = nn.ModuleList()
+        for narrow, wide in zip(widths, widths[1:]):
+            self.blocks += [nn.Conv2d(narrow, narrow, 3, padding=1), nn.Conv2d(narrow, wide, 3, stride=2, padding=1)]
+        self.conv_out = zero(nn.Conv2d(widths[-1], config.block_out_channels[0], 3, padding=1))
+
+    def forward(self, x):
+        for conv in (self.conv_in, *self.blocks):
+            x = F.silu(conv(x))
+        return self.conv_out(x)
+
+
+class ControlNet(Encoder):
+    def __init__(self, config=ControlNetConfig()):
+        super().__init__(config)
+        self.controlnet_cond_embedding = HintEncoder(config)
+        self.controlnet_down_blocks = nn.ModuleList(zero(nn.Conv2d(width, width, 1)) for width in self.skips)
+        self.controlnet_mid_block = zero(nn.Conv2d(self.skips[-1], self.skips[-1], 1))
+
+    @classmethod
+    def from_unet(cls, unet, factor=8):
+        """A new ControlNet with a copy of a UNet's encoder, which changes nothing before it is trained. `factor`: the
+        VAE's, a power of 2 up to 8."""
+        config = ControlNetConfig(**{f.name: getattr(unet.config, f.name) for f in fields(EncoderConfig)})
+        widths = config.conditioning_embedding_out_channels[:factor.bit_length()]
+        model = cls(replace(config, conditioning_embedding_out_channels=widths)).to(next(unet.parameters()))
+        known = unet.state_dict()
+        model.load_state_dict({name: known.get(name, x) for name, x in model.state_dict().items()})
+        return model
+
+    def forward(self, x, t, context, hint, pooled=None, size_ids=None, scale=1.0):
+        """hint [B or 1,3,H,W] in 0..1, the rest as the UNet takes it -> `residuals` for it, times `scale`: a list of
+        [B,C,h,w] that ends with the middle's."""
+        temb = self.embed(t, pooled, size_ids, x)
+        found = self.down(self.conv_in(x) + self.controlnet_cond_embedding(hint), temb, context)
+        convs = (*self.controlnet_down_blocks, self.controlnet_mid_block)
+        return [scale * conv(x) for conv, x in zip(convs, found, strict=True)]

@@ -1,0 +1,335 @@
+"""ControlNet: official keys, diffusers' values, files, whole pipelines, sample.py's flags and the recipe."""
+
+import json
+from dataclasses import replace
+
+import peers
+import pytest
+import tiny
+import torch
+from test_pipeline import assert_same, final, mine, peer, picture
+from torch import nn
+
+import sample
+import train
+from minipic.common import InputError
+from minipic.image import open_picture
+from minipic.layouts import Uninitialised, load_part, open_controlnet, open_model, save_part
+from minipic.methods import controlnet, t2i
+from minipic.models.controlnet import ControlNet, ControlNetConfig
+from minipic.models.unet import SD15, UNet
+from minipic.pipeline import Pipeline
+from minipic.weights import read_weights, save_weights
+from minipic.world.tasks import TASKS
+from tiny import NEGATIVE, PROMPT
+
+FULL = ControlNetConfig()
+MID = replace(FULL, transformer_layers_per_block=(0, 0, 1))
+SMALL = replace(FULL, transformer_layers_per_block=(0, 0, 0), down_block_types=("DownBlock2D",) * 3)
+OF_SD15 = ControlNetConfig.from_json({"cross_attention_dim": 768})
+SIZES = {"full": (FULL, 844, 1_251_014_160), "mid": (MID, 224, 272_586_000), "small": (SMALL, 140, 160_111_120),
+         "sd15": (OF_SD15, 340, 361_279_120)}
+FILE = {  # config.json as the first files for SDXL have it
+    "_class_name": "ControlNetModel", "_diffusers_version": "0.20.0.dev0", "act_fn": "silu",
+    "addition_embed_type": "text_time", "addition_embed_type_num_heads": 64, "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20], "block_out_channels": [320, 640, 1280], "class_embed_type": None,
+    "conditioning_channels": 3, "conditioning_embedding_out_channels": [16, 32, 96, 256],
+    "controlnet_conditioning_channel_order": "rgb", "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"], "downsample_padding": 1,
+    "encoder_hid_dim": None, "encoder_hid_dim_type": None, "flip_sin_to_cos": True, "freq_shift": 0,
+    "global_pool_conditions": False, "in_channels": 4, "layers_per_block": 2, "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05, "norm_num_groups": 32, "num_attention_heads": None, "num_class_embeds": None,
+    "only_cross_attention": False, "projection_class_embeddings_input_dim": 2816, "resnet_time_scale_shift": "default",
+    "transformer_layers_per_block": [1, 2, 10], "upcast_attention": None, "use_linear_projection": True}
+
+
+def meta(build):
+    with torch.device("meta"), Uninitialised():
+        return build()
+
+
+def diffusers_model(config):
+    return pytest.importorskip("diffusers").ControlNetModel.from_config(config.to_json())
+
+
+# The network ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size", SIZES)
+def test_full_size_keys_and_shapes(size):
+    config, tensors, parameters = SIZES[size]
+    table = peers.key_table(meta(lambda: ControlNet(config)))
+    assert table[:2] == (tensors, parameters)
+    assert table == peers.key_table(meta(lambda: diffusers_model(config)))
+
+
+def test_configs_are_the_presets():
+    assert ControlNetConfig.from_json(FILE) == FULL
+    assert ControlNetConfig.from_json(FILE | {"transformer_layers_per_block": [0, 0, 1]}) == MID
+    assert all(getattr(OF_SD15, key) == getattr(SD15, key) for key in vars(OF_SD15) if hasattr(SD15, key))
+    assert ControlNetConfig.from_json(json.loads(json.dumps(SMALL.to_json()))) == SMALL
+    written = json.loads(meta(lambda: diffusers_model(MID)).to_json_string())
+    assert ControlNetConfig.from_json(written) == MID
+
+
+@pytest.mark.parametrize("change", [
+    {"global_pool_conditions": True}, {"controlnet_conditioning_channel_order": "bgr"}, {"colour": 1},
+    {"mid_block_type": "UNetMidBlock2D"}, {"down_block_types": ["AttnDownBlock2D"] * 3}])
+def test_what_the_network_cannot_be_is_refused_by_name(change):
+    name, = change if "down_block_types" not in change else ["AttnDownBlock2D"]
+    with pytest.raises(InputError, match=f"some/config.json.*{name}"):
+        ControlNetConfig.from_json(FILE | change, "some/config.json")
+
+
+def filled(unet, factor=8):
+    """A ControlNet for a UNet with random weights everywhere."""
+    model = peers.fill(ControlNet.from_unet(unet, factor))
+    for conv in model.controlnet_cond_embedding.modules():
+        if isinstance(conv, nn.Conv2d):  # which `fill` takes for a table and leaves large
+            conv.weight.data /= conv.weight[0].numel() ** 0.5
+    return model
+
+
+class Both(nn.Module):
+    def __init__(self, unet, controlnet):
+        super().__init__()
+        self.unet, self.controlnet = unet, controlnet
+
+
+def ours(both, x, t, context, hint, pooled=None, size_ids=None):
+    residuals = both.controlnet(x, t, context, hint, pooled, size_ids, 0.7)
+    return {"prediction": both.unet(x, t, context, pooled, size_ids, residuals), **named(residuals)}
+
+
+def theirs(both, x, t, context, hint, pooled=None, size_ids=None):
+    added = {"text_embeds": pooled, "time_ids": size_ids}
+    down, mid = both.controlnet(x, t, context, hint, 0.7, added_cond_kwargs=added, return_dict=False)
+    made = both.unet(x, t, context, added_cond_kwargs=added, down_block_additional_residuals=down,
+                     mid_block_additional_residual=mid)
+    return {"prediction": made.sample, **named([*down, mid])}
+
+
+def named(residuals):
+    return {f"residual {i}": x for i, x in enumerate(residuals)}
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd15"])
+def test_values_and_gradients_are_those_of_diffusers(name):
+    _, unet, _ = peers.ours("unet", name)
+    _, other, _ = peers.peer("unet", name)
+    mine = filled(unet)
+    model, expected = Both(unet, mine), Both(other, diffusers_model(mine.config))
+    expected.controlnet.load_state_dict(mine.state_dict())
+    hint = peers.numbers((2, 3, 80, 112), 4) / 4 + 0.5
+    given = lambda: peers.inputs("unet", unet.config) | {"hint": hint.clone()}  # a run keeps its gradients in them
+    found, right = peers.run(ours, model, given())[0], peers.run(theirs, expected, given())[0]
+    assert found.keys() == right.keys() and len(found) == len(mine.skips) + 2
+    assert max(peers.distance(found[key], right[key]) for key in right) <= 1e-6
+    model.double().zero_grad(), expected.double().zero_grad()
+    found, right = peers.run(ours, model, given())[1], peers.run(theirs, expected, given())[1]
+    assert found.keys() == right.keys()
+    floor = 1e-6 * max(g.abs().max() for g in right.values())
+    for key, gradient in right.items():
+        assert (found[key] - gradient).abs().max() <= 1e-9 * max(gradient.abs().max(), floor), key
+
+
+def test_a_new_one_changes_no_bit_and_learns():
+    outputs, unet, given = peers.ours("unet", "sdxl")
+    given = {key: x.float() for key, x in given.items()}
+    model = ControlNet.from_unet(unet)
+    state = unet.state_dict()
+    copied = {name for name, x in model.state_dict().items() if name in state and torch.equal(x, state[name])}
+    assert set(model.state_dict()) - copied == {name for name in model.state_dict() if name.startswith("controlnet_")}
+    hint = torch.rand(1, 3, 80, 112)
+    residuals = model(given["x"], given["t"], given["context"], hint, given["pooled"], given["size_ids"])
+    assert torch.equal(unet(**given, residuals=residuals), outputs(unet, **given)["prediction"])
+    unet(**given, residuals=residuals).sum().backward()
+    assert all(conv.weight.grad.abs().max() > 0 for conv in (*model.controlnet_down_blocks, model.controlnet_mid_block))
+    model.checkpointing = True
+    again = model(given["x"], given["t"], given["context"], hint, given["pooled"], given["size_ids"])
+    assert all(map(torch.equal, again, residuals))
+    assert ControlNet.from_unet(unet, 4).config.misfit(unet.config, 4) is None is model.config.misfit(unet.config, 8)
+
+
+# Files and pipelines ----------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{kind of model: the folder of a random ControlNet for it}."""
+    found = {}
+    for kind in ("sdxl", "sd15"):
+        found[kind] = tmp_path_factory.mktemp(kind)
+        save_part(filled(mine(kind).unet, 4), found[kind])
+    return found
+
+
+def test_files_come_back_and_diffusers_reads_them(folders):
+    ControlNetModel = pytest.importorskip("diffusers").ControlNetModel
+    found, written = (load_part(open_controlnet(folders["sdxl"])).state_dict(),
+                      read_weights(folders["sdxl"] / "diffusion_pytorch_model.safetensors"))
+    other = ControlNetModel.from_pretrained(folders["sdxl"]).state_dict()
+    assert found.keys() == written.keys() == other.keys()
+    assert all(torch.equal(found[name], x) and torch.equal(other[name], x) for name, x in written.items())
+
+
+def controlled(folder, model=None, **load):
+    """The pipeline of a tiny model with the ControlNet in `folder`."""
+    pipeline = Pipeline.load(model or tiny.folder(), **load)
+    pipeline.add_control(folder)
+    return pipeline
+
+
+WRONG = {
+    "nowhere": (lambda folder: folder / "nowhere", "nowhere.*cannot read it"),
+    "file": (lambda folder: folder / "diffusion_pytorch_model.safetensors", r"is one file \(a ControlNet\); expected"),
+    "model": (lambda folder: tiny.folder(), "is a whole model; expected a ControlNet"),
+    "unet": (lambda folder: tiny.folder() / "unet", "describes a UNet2DConditionModel; expected a ControlNetModel"),
+    "of sd15": (lambda folder: folder.with_name("sd15"), r"has block_out_channels=\(16, 32\) and the UNet \(16, 32, "),
+    "factor": (lambda folder: rewritten(folder, ControlNet.from_unet(mine().unet)), "of 8 times .* of 4 times"),
+    "lost": (lambda folder: rewritten(folder, lose="controlnet_mid_block.bias"), "1 missing .controlnet_mid_bl"),
+    "half": (lambda folder: rewritten(folder, cut=1000), "diffusion_pytorch_model.safetensors"),
+}
+
+
+def rewritten(folder, model=None, lose=None, cut=None):
+    """The folder with another ControlNet, without a tensor, or with its weights cut off."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    if model:
+        save_part(model, folder)
+    if lose:
+        save_weights({name: x for name, x in read_weights(path).items() if name != lose}, path)
+    if cut:
+        path.write_bytes(path.read_bytes()[:-cut])
+    return folder
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_no_control_net_for_this_model_is_refused(case, tmp_path):
+    for kind in ("sdxl", "sd15"):
+        save_part(ControlNet.from_unet(mine(kind).unet, 4), tmp_path / kind)
+    damage, words = WRONG[case]
+    with pytest.raises(InputError, match=words) as error:
+        controlled(damage(tmp_path / "sdxl"), lazy=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_control_net_is_no_model(folders):
+    with pytest.raises(InputError, match="is a ControlNet; expected a single-file"):
+        open_model(folders["sdxl"])
+
+
+CASES = {"sdxl": ("sdxl", dict(negative=NEGATIVE, control=picture(1), control_scale=0.7)),
+         "size": ("sdxl", dict(control=picture(1).resize((96, 80)), size=(96, 80), guidance=1.0)),
+         "image": ("sdxl", dict(control=picture(1), image=picture(), strength=0.6)),
+         "sd15": ("sd15", dict(negative=NEGATIVE, control=picture(1)))}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_final_latents_equal_diffusers(case, folders):
+    diffusers, (kind, settings) = pytest.importorskip("diffusers"), CASES[case]
+    name, image = f"StableDiffusion{'XL' * (kind == 'sdxl')}", "image" in settings
+    base, _ = peer(f"{name}Pipeline", tiny.folder(kind))
+    control = diffusers.ControlNetModel.from_pretrained(folders[kind])
+    pipeline = getattr(diffusers, f"{name}ControlNet{'Img2Img' * image}Pipeline")(**base.components, controlnet=control)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(base.scheduler.config)
+    given = {"image": settings["image"], "control_image": settings["control"], "strength": 0.6} if image else {
+        "image": settings["control"]}
+    expected = pipeline(
+        PROMPT, negative_prompt=settings.get("negative"), guidance_scale=settings.get("guidance", 5.0), **given,
+        num_inference_steps=8, num_images_per_prompt=2, output_type="latent",
+        generator=[torch.Generator().manual_seed(3 + i) for i in range(2)],
+        controlnet_conditioning_scale=settings.get("control_scale", 1.0)).images
+    model = controlled(folders[kind], tiny.folder(kind))
+    found = final(model, **{"steps": 8, "seed": 3, "n": 2, "sampler": "euler", **settings})
+    assert_same(found, expected)
+    assert (found - final(model, **{"steps": 8, "seed": 3, "n": 2, **settings, "control": None})).abs().max() > 0.1
+
+
+def test_off_is_the_same_bits_and_lazy_is_the_same(folders):
+    lazy = controlled(folders["sdxl"], lazy=True)
+    plain = final(mine(), steps=2)
+    assert torch.equal(final(lazy, steps=2, control=picture(1), control_scale=0.0), plain)
+    assert next(lazy.controlnet.parameters()).is_meta
+    whole, found = controlled(folders["sdxl"]), final(lazy, steps=2, control=picture(1))
+    assert torch.equal(found, final(whole, steps=2, control=picture(1))) and not torch.equal(found, plain)
+    half = controlled(folders["sdxl"], dtype=torch.bfloat16)
+    assert next(half.controlnet.parameters()).dtype == torch.bfloat16
+    assert (final(half, steps=2, control=picture(1)) - found).std() < 0.1 * found.std()
+
+
+# sample.py --------------------------------------------------------------------------------------------------------
+
+def run(*flags):
+    return sample.main([PROMPT, "--model", str(tiny.folder()), "--device", "cpu", "--steps", "2", "--n", "1", *flags])
+
+
+def test_flags_reach_the_pipeline_and_come_back_with_from(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture(1).save("control.png")
+    assert run("--controlnet", str(folders["sdxl"]), "--control", "control.png", "--control-scale", "0.5") == 0
+    expected, = controlled(folders["sdxl"]).generate(PROMPT, steps=2, control=picture(1), control_scale=0.5)
+    assert open_picture("pictures/picture.png").tobytes() == expected.tobytes()
+    assert sample.main(["--from", "pictures/picture.png", "--device", "cpu", "--out", "again.png"]) == 0
+    assert open_picture("again.png").tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--control control.png", "--control: needs --controlnet"),
+    ("--controlnet HERE", "needs --control, the picture to follow"),
+    ("--controlnet HERE --control nowhere.png", "nowhere.png: no such picture"),
+    ("--controlnet nowhere --control control.png", "nowhere"),
+    ("--controlnet HERE --control control.png --control-scale -1", "--control-scale -1.0: choose 0"),
+    ("--controlnet HERE --control control.png --control-scale nan", "--control-scale nan"),
+    ("--controlnet HERE --control control.png --control-scale much", "argument --control-scale: invalid float")])
+def test_a_wrong_value_is_one_sentence(flags, words, folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    picture(1).save("control.png")
+    assert run(*flags.replace("HERE", str(folders["sdxl"])).split()) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("sample.py: ") and output.err.count("\n") == 1 and words in output.err
+    assert not output.out and not list(tmp_path.glob("pictures/*.png"))
+
+
+# The recipe -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("control", ["edges", "depth", "segmentation"])
+def test_pairs_are_the_worlds(control):
+    config = controlnet.Recipe(control=control, scenes=3, batch=4, drop=0.0, precision="fp32", model=str(tiny.folder()))
+    pipeline = controlnet.build(config)
+    batch = controlnet.data(pipeline, config)(0, range(4))
+    pairs = TASKS[control](0, range(3))
+    for hint, row, caption in zip(batch["hint"], batch["rows"], batch["captions"]):
+        assert (hint * 2 - 1 - pairs.source[row]).abs().max() < 1 / 255 and caption == pairs.prompts[row]
+    assert batch["hint"].shape == (4, 3, 64, 64) and 0 <= batch["hint"].min() and batch["hint"].max() <= 1
+    assert batch["x0"].shape == (4, 4, 16, 16) and batch["size_ids"][0].tolist() == [64, 64, 0, 0, 64, 64]
+
+
+def test_loss_begins_as_t2i_and_every_trained_weight_gets_a_gradient():
+    config = controlnet.Recipe(scenes=4, precision="fp32", model=str(tiny.folder()))
+    pipeline = controlnet.build(config)
+    params, batch = controlnet.setup(pipeline, config), controlnet.data(pipeline, config)(0, range(4))
+    assert torch.equal(controlnet.loss(pipeline, batch, config), t2i.loss(pipeline, batch, t2i.Recipe()))
+    pipeline.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p.requires_grad_() for p in params], 1e-3)
+    losses = []
+    for _ in range(8):
+        losses.append(controlnet.loss(pipeline, batch, config))
+        optimizer.zero_grad(), losses[-1].backward(), optimizer.step()
+    assert all(p.grad is not None for p in params) and losses[-1] < losses[0]
+    assert {id(p) for p in params} == {id(p) for p in pipeline.controlnet.parameters()}
+
+
+def test_from_the_command_to_a_picture(tmp_path):
+    flags = ["--model", str(tiny.folder()), "--out", str(tmp_path), "--scenes", "4", "--batch", "2", "--steps", "2"]
+    assert train.main(["controlnet", *flags, "--control", "depth", "--checkpointing"]) == 0  # in bf16, its default
+    assert (tmp_path / "samples" / "step-000002.png").exists()
+    model = controlled(tmp_path / "model")
+    example = open_picture(tmp_path / "model" / "example.png")
+    assert model.generate(PROMPT, steps=2, control=example)[0].tobytes() != model.generate(PROMPT, steps=2)[0].tobytes()
+    state = read_weights(tmp_path / "model" / "diffusion_pytorch_model.safetensors")
+    assert {x.dtype for x in state.values()} == {torch.float16}
+
+
+def test_a_side_that_does_not_halve_is_refused(capsys):
+    assert train.main(["controlnet", "--side", "60"]) == 2
+    assert "--side must be a multiple of 16" in capsys.readouterr().err
