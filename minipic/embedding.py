@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from minipic.common import InputError
 from minipic.layers.swap import swap
-from minipic.weights import read_weights, save_weights
+from minipic.weights import read_header, read_weights, save_weights
 
 WIDTHS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "emb_params": "text_encoder"}  # kohya's names
 SUFFIXES = {"text_encoder": "", "text_encoder_2": "_2"}  # diffusers has a file an encoder
@@ -43,11 +43,12 @@ def grow(encoder, vectors):
 def load_embedding(path):
     """A textual inversion -> ({part: vectors [n,D]}, the word in the file or None).
 
-    One file of kohya's scripts ("clip_l" and "clip_g"; SD 1.5: "emb_params"), or diffusers' learned_embeds.safetensors,
-    whose keys are the word, with the second encoder's beside it in learned_embeds_2.safetensors. InputError for others.
+    One file of kohya's scripts ("clip_l" and "clip_g"; SD 1.5: "emb_params"; ours have the word in the header), or
+    diffusers' learned_embeds.safetensors, whose keys are the word, with the second encoder's beside it in
+    learned_embeds_2.safetensors. InputError for others.
     """
-    path, word = Path(path), None
-    tensors = read_weights(path)
+    path, tensors = Path(path), read_weights(path)
+    word = read_header(path)[1].get("word")
     if tensors.keys() <= WIDTHS.keys():
         found = {WIDTHS[key]: tensor for key, tensor in tensors.items()}
     else:
@@ -69,6 +70,6 @@ def save_embedding(vectors, path, word):
     """Write {part: vectors [n,D]} as one file of kohya's spelling, `path`, and as diffusers' files beside it."""
     folder = Path(path).parent
     names = {part: key for key, part in WIDTHS.items() if key.startswith("clip") == ("text_encoder_2" in vectors)}
-    save_weights({names[part]: tensor for part, tensor in vectors.items()}, path)
+    save_weights({names[part]: tensor for part, tensor in vectors.items()}, path, {"word": word})
     for part, tensor in vectors.items():
         save_weights({word: tensor}, folder / f"learned_embeds{SUFFIXES[part]}.safetensors")

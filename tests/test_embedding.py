@@ -63,7 +63,7 @@ def test_long_prompts_count_every_vector():
 def test_files_come_back_in_both_spellings(tmp_path):
     save_embedding(VECTORS, tmp_path / "cat.safetensors", "<cat>")
     assert read_weights(tmp_path / "cat.safetensors").keys() == {"clip_l", "clip_g"}
-    for name, word in (("cat.safetensors", None), ("learned_embeds.safetensors", "<cat>")):
+    for name, word in (("cat.safetensors", "<cat>"), ("learned_embeds.safetensors", "<cat>")):
         found, told = load_embedding(tmp_path / name)
         assert told == word and all(torch.equal(found[part], VECTORS[part]) for part in VECTORS)
     save_weights({"emb_params": VECTORS["text_encoder"]}, tmp_path / "sd15.safetensors")
@@ -100,8 +100,9 @@ def test_sample_draws_with_a_new_word(tmp_path, capsys):
     def drawn(name, *more):
         assert sample.main([PROMPT, *flags, "--out", str(tmp_path / name), *more]) == 0
         return (tmp_path / name).read_bytes()
-    named = f"{tmp_path / 'cat.safetensors'}:<cat>"
-    assert drawn("with.png", "--embedding", named) != drawn("without.png")
+    file = str(tmp_path / "cat.safetensors")
+    assert drawn("with.png", "--embedding", file) != drawn("without.png") == drawn("other.png", "--embedding",
+                                                                                   f"{file}:<dog>")
     assert sample.main([PROMPT, *flags, "--embedding", str(tmp_path / "none.safetensors")]) == 2
     assert "none.safetensors" in capsys.readouterr().err
 
