@@ -1,5 +1,7 @@
 """Textual inversion: new words in prompts, their files, what diffusers makes of ours, and training that moves only them."""
 
+import json
+
 import pytest
 import torch
 from peers import distance, numbers
@@ -9,8 +11,10 @@ import sample
 import train
 from minipic.common import InputError
 from minipic.embedding import load_embedding, save_embedding
+from minipic.image import open_picture, to_pictures
 from minipic.pipeline import Pipeline
 from minipic.weights import read_weights, save_weights
+from minipic.world.scene import render, sample_scene
 
 VECTORS = {"text_encoder": numbers((2, 16), 1).float(), "text_encoder_2": numbers((2, 24), 2).float()}
 PROMPT = "a small <cat> left of a blue cube"
@@ -99,7 +103,7 @@ def test_sample_draws_with_a_new_word(tmp_path, capsys):
 
     def drawn(name, *more):
         assert sample.main([PROMPT, *flags, "--out", str(tmp_path / name), *more]) == 0
-        return (tmp_path / name).read_bytes()
+        return open_picture(tmp_path / name).tobytes()  # the pixels: the file keeps the flags too
     file = str(tmp_path / "cat.safetensors")
     assert drawn("with.png", "--embedding", file) != drawn("without.png") == drawn("other.png", "--embedding",
                                                                                    f"{file}:<dog>")
@@ -124,8 +128,6 @@ def test_diffusers_reads_our_files_and_encodes_the_same(tmp_path):
 
 @pytest.fixture
 def photos(tmp_path):
-    from minipic.image import to_pictures
-    from minipic.world.scene import render, sample_scene
     (tmp_path / "photos").mkdir()
     for i, picture in enumerate(to_pictures(render([sample_scene(1, i, 1) for i in range(3)], truth=False).rgb)):
         picture.save(tmp_path / "photos" / f"{i}.png")
@@ -157,11 +159,8 @@ def test_dreambooth_keeps_what_the_model_drew_of_the_class(photos, tmp_path, cap
              "a sks cube", "--sample-every", "0", "--precision", "fp32", "--batch", "2", "--prior-pictures", "2"]
     assert train.main([*flags, "--prior", "a cube", "--steps", "2", "--lora-rank", "2"]) == 0
     drawn = Pipeline.load(folder()).generate("a cube", seed=10**6)[0]
-    from minipic.image import open_picture
     assert open_picture(tmp_path / "run" / "prior" / "0000.png").tobytes() == drawn.tobytes()
     assert (tmp_path / "run" / "model" / "lora.safetensors").exists()
-    row = (tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1]
-    import json
-    row = json.loads(row)
+    row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert row["loss"] == pytest.approx(row["subject"] + row["prior"], rel=1e-5) and row["subject"] != row["prior"]
     assert train.main(flags) == 2 and "--prior" in capsys.readouterr().err
