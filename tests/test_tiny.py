@@ -30,7 +30,7 @@ def test_size():
 
 def test_parameters(pipeline):
     assert 5e6 <= sum(p.numel() for p in pipeline.unet.parameters()) <= 10e6
-    assert pipeline.unet.config.transformer_layers_per_block == (0, 1, 2)
+    assert pipeline.unet.config.transformer_layers_per_block == (1, 1, 1)
 
 
 def test_vae_keeps_pictures(pipeline):
@@ -46,8 +46,9 @@ def test_draws_what_is_asked(pipeline):
     asked = [parse(prompt) for prompt in PROMPTS for _ in range(2)]
     score = probe.accuracy(asked, probe.read(judge, torch.stack(images)))
     swapped = probe.accuracy(asked[2:] + asked[:2], probe.read(judge, torch.stack(images)))
-    assert score["color"] >= 0.5  # all that the weights of this moment have learned: see README's results
-    assert swapped["color"] <= 0.25 and swapped["whole"] == 0
+    least = {"color": 0.9, "place": 0.9, "size": 0.8, "shape": 0.7, "whole": 0.5}  # README's results: a little more
+    assert all(score[fact] >= share for fact, share in least.items()), score
+    assert swapped["color"] <= 0.25 and swapped["shape"] <= 0.25 and swapped["whole"] == 0
 
 
 def test_diffusers_draws_the_same_picture(pipeline):
