@@ -248,7 +248,8 @@ def test_every_recipe_has_the_names_and_reads_its_settings(name):
     for function in ("build", "setup", "data", "loss", "sample", "export"):
         assert callable(getattr(module, function))
     loop = "".join(Path(m.__file__).read_text() for m in (train, training, checkpoint))
-    own = Path(module.__file__).read_text()
+    used = [m for m in vars(module).values() if getattr(m, "__name__", "").startswith("minipic.methods.")]
+    own = "".join(Path(m.__file__).read_text() for m in (module, *used) if hasattr(m, "__file__"))
     for field in dataclasses.fields(module.Recipe):
         assert field.metadata["help"], field.name
         inherited = field.name in training.Recipe.__dataclass_fields__
