@@ -23,6 +23,11 @@ class Adapters(nn.Module):
         self.words = {}  # {word: {part: vectors [n,D]}}
         self.controlnet = None
 
+    @property
+    def encoders(self):
+        """{part: text encoder} of the encoders this model has."""
+        return {part: getattr(self, part) for part in TOKENIZERS if getattr(self, part) is not None}
+
     def add_lora(self, path, scale=1.0, partial=False):
         """Add the LoRA of a file in any common spelling, beside those that are there; nothing is read again.
 
@@ -31,7 +36,7 @@ class Adapters(nn.Module):
         """
         if str(path) in self.loras:
             raise InputError(f"--lora {path}: given twice; give it once with the sum of the scales")
-        parts = {name: getattr(self, name) for name in ("unet", *TOKENIZERS) if getattr(self, name) is not None}
+        parts = {"unet": self.unet, **self.encoders}
         self.loras[str(path)] = scale, load_lora(path, parts, partial)
         for part in parts:
             if not next(parts[part].parameters()).is_meta:
@@ -64,7 +69,7 @@ class Adapters(nn.Module):
 
     def add_word(self, word, vectors):
         """Let `word` in a prompt mean these vectors, {part: [n,D]}; InputError where they are not this model's."""
-        widths = {part: encoder.config.hidden_size for part in TOKENIZERS if (encoder := getattr(self, part))}
+        widths = {part: encoder.config.hidden_size for part, encoder in self.encoders.items()}
         found = {part: tensor.shape[1] for part, tensor in vectors.items()}
         if found != widths:
             raise InputError(f"its vectors are as wide as {found}, this model's text encoders {widths}; use one made "

@@ -57,7 +57,7 @@ def load_embedding(path):
         if second.exists() and not more:
             other = read_weights(second)
             more = [key for key in other if key != word]
-            found["text_encoder_2"] = other.get(word)
+            found["text_encoder_2"] = other.get(word, torch.empty(0))  # refused below
         if more:
             raise InputError(f"{path}: {more[0]!r} is more than one word's vectors; expected clip_l and clip_g, or one "
                              "word")

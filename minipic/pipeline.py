@@ -100,8 +100,7 @@ class Pipeline(Adapters):
     @property
     def towers(self):
         """[(tokenizer, text encoder), ...] of the encoders this model has."""
-        return [(getattr(self, tokenizer), getattr(self, name)) for name, tokenizer in TOKENIZERS.items()
-                if getattr(self, name) is not None]
+        return [(getattr(self, TOKENIZERS[part]), encoder) for part, encoder in self.encoders.items()]
 
     @property
     def size(self):

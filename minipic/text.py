@@ -89,10 +89,9 @@ class Tokenizer:
 
     def add(self, word, count=1):
         """Let `word` stand for `count` new ids, which follow all others. Raises InputError for a word already there."""
-        if not word.strip() or self.bpe.token_to_id(word) is not None:
+        first, names = self.bpe.get_vocab_size(), [word, *(f"{word}_{i}" for i in range(1, count))]
+        if not word.strip() or any(self.bpe.token_to_id(name) is not None for name in names):
             raise InputError(f"{word!r} already is a token, or none at all; choose another word, such as <my-cat>")
-        first = self.bpe.get_vocab_size()
-        names = [word, *(f"{word}_{i}" for i in range(1, count))]
         self.bpe.add_tokens([AddedToken(name, single_word=name[0].isalnum()) for name in names])
         self.words[first] = list(range(first, first + count))
 

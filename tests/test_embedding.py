@@ -28,14 +28,13 @@ def test_a_new_word_is_its_vectors_and_the_end_token_still_pools():
     """The states are those of a vocabulary in which other tokens have these vectors."""
     pipeline, plain = build(), build()
     pipeline.add_word("<cat>", VECTORS)
-    (_, first), (_, second) = pipeline.towers
-    for (tokenizer, encoder), (_, grown) in zip(plain.towers, pipeline.towers):
-        ids = pipeline.towers[0][0]([PROMPT])
+    for (part, vectors), (tokenizer, encoder), (knows, grown) in zip(VECTORS.items(), plain.towers, pipeline.towers):
+        ids = knows([PROMPT])
         assert (ids == tokenizer.size).sum() == 1 and (ids == tokenizer.size + 1).sum() == 1
         unused = [7, 8]  # bytes that no prompt here has
         weight = encoder.text_model.embeddings.token_embedding.weight
-        part = "text_encoder" if grown is first else "text_encoder_2"
-        weight.data[unused] = VECTORS[part]
+        assert grown is getattr(pipeline, part)
+        weight.data[unused] = vectors
         swapped = ids.clone()
         for new, old in zip((tokenizer.size, tokenizer.size + 1), unused):
             swapped[ids == new] = old
@@ -90,6 +89,13 @@ def test_what_does_not_fit_is_refused_by_name(tensors, words, tmp_path, capsys):
     with pytest.raises(InputError, match=words) as error:
         build().add_embedding(tmp_path / "bad.safetensors")
     assert "bad.safetensors" in str(error.value)
+
+
+def test_a_second_file_without_the_word_is_refused(tmp_path):
+    save_weights({"<a>": torch.zeros(1, 16)}, tmp_path / "learned_embeds.safetensors")
+    save_weights({}, tmp_path / "learned_embeds_2.safetensors")
+    with pytest.raises(InputError, match="is no textual inversion"):
+        build().add_embedding(tmp_path / "learned_embeds.safetensors")
 
 
 def test_a_word_of_the_vocabulary_is_refused():
@@ -149,18 +155,20 @@ def test_training_moves_the_new_vectors_only(photos, tmp_path, capsys):
     plain.add_embedding(tmp_path / "run" / "model" / "cat.safetensors", "<cat>")
 
     for more, words in ((["--caption", "a cat"], "lacks the word <cat>"), ([], "has no caption"),
-                        (["--caption", "a <cat>", "--like", "small cube"], "--like small cube: is not one token")):
+                        (["--caption", "a <cat>", "--like", "small cube"], "--like small cube: is not one token"),
+                        (["--caption", "a <cat>", "--word", "small</w>"], "--word 'small</w>' already is a token")):
         assert train.main([*flags, "--steps", "1", *more]) == 2
         assert words in "".join(capsys.readouterr())
 
 
 def test_dreambooth_keeps_what_the_model_drew_of_the_class(photos, tmp_path, capsys):
     flags = ["dreambooth", "--model", str(folder()), "--data", str(photos), "--out", str(tmp_path / "run"), "--caption",
-             "a sks cube", "--sample-every", "0", "--precision", "fp32", "--batch", "2", "--prior-pictures", "2"]
+             "a sks cube", "--sample-every", "0", "--precision", "fp32", "--batch", "2", "--prior-pictures", "2",
+             "--prior-weight", "0.5"]
     assert train.main([*flags, "--prior", "a cube", "--steps", "2", "--lora-rank", "2"]) == 0
     drawn = Pipeline.load(folder()).generate("a cube", seed=10**6)[0]
-    assert open_picture(tmp_path / "run" / "prior" / "0000.png").tobytes() == drawn.tobytes()
+    assert open_picture(tmp_path / "run" / "prior" / "a-cube" / "0000.png").tobytes() == drawn.tobytes()
     assert (tmp_path / "run" / "model" / "lora.safetensors").exists()
     row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
-    assert row["loss"] == pytest.approx(row["subject"] + row["prior"], rel=1e-5) and row["subject"] != row["prior"]
+    assert row["loss"] == pytest.approx(row["subject"] + 0.5 * row["prior"], rel=1e-5) and row["subject"] != row["prior"]
     assert train.main(flags) == 2 and "--prior" in capsys.readouterr().err

@@ -4,10 +4,12 @@ Equation 2 there: the diffusion loss on the subject's pictures, and the same on 
 itself drew before training. Everything else is t2i: the whole UNet, or a LoRA.
 """
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
+from tqdm import tqdm
 
 from minipic import training
 from minipic.common import InputError, option
@@ -23,7 +25,7 @@ class Recipe(t2i.Recipe):
     """Teach a model a subject from a few pictures (--data), keeping its class as it was."""
 
     prior: str = option("", 'what the subject is one of, e.g. "a dog"; the model draws pictures of it to keep')
-    prior_pictures: int = option(64, "pictures of the class, drawn once into OUT/prior")
+    prior_pictures: int = option(64, "pictures of the class, drawn once into OUT/prior/CLASS")
     prior_weight: float = option(1.0, "how much the class counts")
     steps: int = option(400, "optimizer steps in all")
     batch: int = option(4, "pictures of the subject a step, and as many of the class")
@@ -41,7 +43,7 @@ class Recipe(t2i.Recipe):
 
 def data(pipeline, config):
     """Batches of the subject with as many pictures of its class, whose keys begin with PRIOR."""
-    folder = Path(config.out, "prior")
+    folder = Path(config.out, "prior", re.sub(r"\W+", "-", config.prior)[:80])  # another class, other pictures
     if not dist.is_initialized() or dist.get_rank() == 0:
         draw_prior(pipeline, folder, config)
     training.wait()
@@ -55,7 +57,8 @@ def draw_prior(pipeline, folder, config):
     """Draw the pictures of the class that are not there yet, with the model as it is before training."""
     folder.mkdir(parents=True, exist_ok=True)
     pipeline.eval()
-    for i in range(len(list(folder.glob("*.png"))), config.prior_pictures):
+    drawn = len(list(folder.glob("*.png")))
+    for i in tqdm(range(drawn, config.prior_pictures), "class", leave=False, mininterval=2):
         picture = pipeline.generate(config.prior, seed=10**6 * (config.seed + 1) + i)[0]
         save_new(picture, folder / f"{i:04d}.png")
     pipeline.train()

@@ -10,7 +10,7 @@ from minipic.common import InputError, option
 from minipic.embedding import save_embedding
 from minipic.methods import t2i
 from minipic.methods.t2i import sample  # noqa: F401
-from minipic.pipeline import TOKENIZERS, Pipeline
+from minipic.pipeline import Pipeline
 
 
 @dataclass
@@ -37,21 +37,21 @@ class Recipe(t2i.Photos):
 def build(config):
     """The pipeline with the new word; all its vectors start as those of `like`."""
     pipeline, vectors = Pipeline.load(config.model), {}
-    for part in TOKENIZERS:
-        if encoder := getattr(pipeline, part):
-            ids = getattr(pipeline, TOKENIZERS[part])([config.like])[0]
-            first, second = ids[1:3].tolist()
-            if second != encoder.end_token:
-                raise InputError(f"--like {config.like}: is not one token of this model's vocabulary; choose another")
-            weight = encoder.text_model.embeddings.token_embedding.weight
-            vectors[part] = weight[first].detach().repeat(config.vectors, 1)
-    pipeline.add_word(config.word, vectors)
+    for part, (tokenizer, encoder) in zip(pipeline.encoders, pipeline.towers):
+        first, second = tokenizer([config.like])[0, 1:3].tolist()
+        if second != encoder.end_token:
+            raise InputError(f"--like {config.like}: is not one token of this model's vocabulary; choose another")
+        weight = encoder.text_model.embeddings.token_embedding.weight
+        vectors[part] = weight[first].detach().repeat(config.vectors, 1)
+    try:
+        pipeline.add_word(config.word, vectors)
+    except InputError as error:
+        raise InputError(f"--word {error}") from None
     return pipeline
 
 
 def embeddings(pipeline):
-    return {part: getattr(pipeline, part).text_model.embeddings.token_embedding for part in TOKENIZERS
-            if getattr(pipeline, part)}
+    return {part: encoder.text_model.embeddings.token_embedding for part, encoder in pipeline.encoders.items()}
 
 
 def setup(pipeline, config):

@@ -232,7 +232,6 @@ def export(pipeline, folder, config):
     """The finished model, a pipeline folder; or the LoRA alone, folder/lora.safetensors, in PEFT's spelling."""
     if not config.lora_rank:
         return pipeline.save(folder, torch.float16)
-    states = {name: lora.lora_state_dict(getattr(pipeline, name)) for name in ("unet", "text_encoder", "text_encoder_2")
-              if getattr(pipeline, name) is not None}
+    states = {part: lora.lora_state_dict(model) for part, model in {"unet": pipeline.unet, **pipeline.encoders}.items()}
     save_lora({name: state for name, state in states.items() if state}, folder / "lora.safetensors",
               {"trained on": config.model, "steps": str(config.steps)})
