@@ -32,7 +32,7 @@ LARGE = 1 << 30  # bytes of weights from which a CPU draws in bf16, where it com
 
 @dataclass
 class Settings:
-    """Draw pictures from prompts. --from PICTURE.PNG first takes the settings kept inside a PNG drawn here."""
+    """Draw pictures from prompts."""
 
     prompt: tuple[str, ...] = option((), "what to draw; several prompts give several grids")
     model: str = option("weights/tiny", "diffusers folder or single .safetensors file")
@@ -62,11 +62,12 @@ class Settings:
     dtype: str = option(None, "fp32, bf16 or fp16; what suits the device and the model if left out", tuple(DTYPES))
     out: str = option("pictures", "folder, or name.png; a number is added where the name is taken")
     film: str = option(None, "PNG to draw the predicted picture after every step into")
+    from_: str = option(None, "PNG drawn here: start from the settings kept inside it; flags win")
     verify: bool = option(False, "refuse weights whose sha256 is not an official file's")
     selftest: bool = option(False, "compare this device with the CPU on the tiny model, and stop")
 
 
-FORGET = ("prompts", "out", "film", "device", "verify", "selftest")  # a picture keeps all other settings
+FORGET = ("prompts", "out", "film", "device", "from_", "verify", "selftest")  # a picture keeps all other settings
 
 
 def main(argv=None):
@@ -81,20 +82,15 @@ def main(argv=None):
 
 def read_flags(argv):
     """Settings from the command line; those in the picture named by --from come first, so that later flags win."""
-    at = next((i for i, flag in enumerate(argv) if flag.partition("=")[0] == "--from"), None)
-    if at is None:
-        return from_argv(Settings, argv, "sample.py", ("prompt",))
-    name, given, path = argv[at].partition("=")
-    rest = argv[:at] + argv[at + (1 if given else 2):]
-    if not given and at + 1 == len(argv):
-        raise InputError("--from: name the picture whose settings to take")
-    kept = read_settings(path if given else argv[at + 1])
-    names = {f.name for f in dataclasses.fields(Settings)} - set(FORGET)
+    config = from_argv(Settings, argv, "sample.py", ("prompt",))
+    if config.from_ is None:
+        return config
+    kept, names = read_settings(config.from_), {f.name for f in dataclasses.fields(Settings)} - set(FORGET)
     flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}")
              for key, values in kept.items() if key in names - {"prompt"}
              for value in (values if isinstance(values, list) else [values])
              if value is not None and value is not False]
-    config = from_argv(Settings, flags + rest, "sample.py", ("prompt",))
+    config = from_argv(Settings, flags + argv, "sample.py", ("prompt",))
     if config.prompt or config.prompts or "prompt" not in kept:
         return config
     return dataclasses.replace(config, prompt=(str(kept["prompt"]),))

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from minipic import checkpoint, training
 from minipic.common import InputError, from_argv, random
+from minipic.weights import replacing
 
 RECIPES = {
     "judge": "minipic.methods.judge",
@@ -171,10 +172,11 @@ def draw(recipe, run, done, config, rows, rank):
     """Draw the recipe's sample grid with the averaged weights, and the loss curve."""
     with training.finished(run):
         if rank == 0:
-            picture = recipe.sample(run.model, config)
-            training.write_safely(Path(config.out, f"samples/step-{done:06d}.png"), picture.save)
+            with replacing(Path(config.out, f"samples/step-{done:06d}.png")) as part:
+                recipe.sample(run.model, config).save(part)
             if rows:
-                training.write_safely(Path(config.out, "loss.png"), training.loss_curve(rows).save)
+                with replacing(Path(config.out, "loss.png")) as part:
+                    training.loss_curve(rows).save(part)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,14 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from minipic.common import InputError
-from minipic.weights import flush, sha256
+from minipic.weights import flush, save_weights, sha256, write_json
 
 # Settings that a resumed run may change: they decide how long, where and on what, not what is trained.
-FREE = ("steps", "out", "save", "resume", "accumulate", "checkpointing", "fsdp", "save_every", "keep", "sample_every",
+FREE = ("steps", "scenes", "out", "save", "resume", "accumulate", "checkpointing", "fsdp", "save_every", "keep", "sample_every",
         "log_every")
 
 
@@ -81,19 +80,15 @@ def write(folder, step, state, config):
     try:
         part.mkdir(parents=True)
         for name, tensors in state.items():
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part / f"{name}.safetensors")
-        (part / "config.json").write_text(json.dumps(config, indent=2))
+            save_weights(tensors, part / f"{name}.safetensors")
+        write_json(config, part / "config.json")
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(part.iterdir())}
-        for path in part.iterdir():
-            flush(path)
-        (part / "manifest.json").write_text(json.dumps({"step": step, "files": files}, indent=2))
-        flush(part / "manifest.json")
-        flush(part)
+        write_json({"step": step, "files": files}, part / "manifest.json")
         if final.exists():  # damaged, and skipped when this run was resumed
             remove(final)
         os.replace(part, final)
         flush(folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, InputError) as error:
         shutil.rmtree(part, ignore_errors=True)
         size = sum(tensor.nbytes for tensors in state.values() for tensor in tensors.values())
         raise InputError(f"cannot write {final} ({size:,} bytes): {error}; earlier checkpoints are untouched, "

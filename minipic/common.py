@@ -15,19 +15,17 @@ class InputError(Exception):
 def from_json(cls, values, fixed, where):
     """Fill the dataclass `cls` from an official config.json.
 
-    `values`: the parsed JSON; `fixed`: {key: tuple of its supported values, or ... where any value changes nothing},
-    for keys that the networks do not vary; `where`: the file, for messages. Keys with a leading underscore are the
-    writer's notes.
+    `values`: the parsed JSON; `fixed`: {key: tuple of its supported values, or ... where any value changes nothing};
+    `where`: the file, for messages. Keys with a leading underscore are the writer's notes.
     Raises InputError for an unknown key or an unsupported value: ignoring one would give silently wrong numbers.
     """
     known, found = {f.name for f in dataclasses.fields(cls)}, {}
     for key, value in values.items():
-        value = tuple(value) if isinstance(value, list) else value
+        value, allowed = tuple(value) if isinstance(value, list) else value, fixed.get(key, ...)
+        if allowed is not ... and value not in allowed:
+            raise InputError(f"{where}: {key}={value!r} is not supported (supported: {', '.join(map(repr, allowed))})")
         if key in known:
             found[key] = value
-        elif key in fixed and fixed[key] is not ... and value not in fixed[key]:
-            raise InputError(f"{where}: {key}={value!r} is not supported "
-                             f"(supported: {', '.join(map(repr, fixed[key]))})")
         elif key not in fixed and not key.startswith("_"):
             raise InputError(f"{where}: unknown key {key!r} for {cls.__name__}; remove it or use a supported model")
     return cls(**found)
@@ -61,7 +59,8 @@ def from_argv(cls, argv, prog, positional=()):
             extra.update(type=kind, choices=f.metadata.get("choices"))
             if f.name not in positional:
                 extra["metavar"] = kind.__name__.upper()
-        name = f.name if f.name in positional else "--" + f.name.replace("_", "-")
+        name = f.name if f.name in positional else "--" + f.name.rstrip("_").replace("_", "-")  # from_ is --from
+        extra |= {} if f.name in positional else {"dest": f.name}
         default = None if extra.get("action") == "append" else f.default  # it would be appended to
         parser.add_argument(name, default=default, help=f.metadata.get("help"), **extra)
     given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}

@@ -1,14 +1,14 @@
 """Training pictures from the world: many shapes and sizes, each with its caption and SDXL's size ids.
 
-index -> Picture (what to draw) -> image [3,H,W] in [-1,1], caption, size_ids [6]. Nothing is stored: a Picture is a
-pure function of (seed, index). The sizes and crops are SDXL's micro-conditioning, arXiv 2307.01952 section 2.2.
+Nothing is stored: a Picture is a pure function of (seed, index). The sizes and crops are SDXL's micro-conditioning,
+arXiv 2307.01952 section 2.2. Whatever else a recipe trains on has the same `size`, `size_ids`, `caption(generator)`
+and `draw`, of many at once.
 """
 
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from minipic.common import random
 from minipic.world.caption import caption
@@ -36,6 +36,30 @@ class Picture:
         original = self.size if self.kind == "panels" else self.drawn
         return torch.tensor([*original, *self.crop, *self.size], dtype=torch.float32)
 
+    def caption(self, generator):
+        """A caption in words drawn from `generator`; panels join two with a bar."""
+        text = " | ".join(caption(scene, generator) for scene in self.scenes)
+        return f"two panels: {text}" if self.kind == "panels" else text
+
+    @staticmethod
+    def draw(pictures):
+        """Pictures -> list of images [3,H,W] in [-1,1]; what has one size is rendered in one batch."""
+        images, groups = [None] * len(pictures), {}
+        for i, picture in enumerate(pictures):
+            groups.setdefault(picture.drawn, []).append(i)
+        for drawn, members in groups.items():
+            rows = iter(render([scene for i in members for scene in pictures[i].scenes], drawn, truth=False).rgb)
+            for i in members:
+                images[i] = pictures[i].finish(torch.cat([next(rows) for _ in pictures[i].scenes], dim=2))
+        return images
+
+    def finish(self, image):
+        """What the drawn image [3,h,w] becomes: enlarged if it is a small one, and cut."""
+        (height, width), (top, left) = self.size, self.crop
+        if self.kind == "small":
+            image = F.interpolate(image[None], size=self.size, mode="bilinear", antialias=False)[0]
+        return image[:, top:top + height, left:left + width]
+
 
 def compose(seed, index):
     """Which picture number `index` is."""
@@ -55,35 +79,3 @@ def compose(seed, index):
         side = (24, 32, 48)[int(u[0] * 3)]
         return Picture(kind, (scene,), (side, side), size)
     return Picture(kind, (scene,), size, size)
-
-
-def caption_of(picture, generator):
-    """A caption of the picture in words drawn from `generator`; panels join two with a bar."""
-    text = " | ".join(caption(scene, generator) for scene in picture.scenes)
-    return f"two panels: {text}" if picture.kind == "panels" else text
-
-
-def draw(pictures, progress=None, chunk=64):
-    """Pictures -> list of images [3,H,W], rendered in batches of one size; `progress` names a bar to show."""
-    images, groups = [None] * len(pictures), {}
-    for i, picture in enumerate(pictures):
-        groups.setdefault(picture.drawn, []).append(i)
-    bar = tqdm(total=len(pictures), desc=progress, disable=progress is None, leave=False, mininterval=1)
-    for drawn, members in groups.items():
-        for start in range(0, len(members), chunk):
-            part = members[start:start + chunk]
-            scenes = [scene for i in part for scene in pictures[i].scenes]
-            rows = iter(render(scenes, drawn, truth=False).rgb)
-            for i in part:
-                images[i] = finish(pictures[i], torch.cat([next(rows) for _ in pictures[i].scenes], dim=2))
-            bar.update(len(part))
-    bar.close()
-    return images
-
-
-def finish(picture, image):
-    """Enlarge or cut the drawn image [3,h,w] to the training picture's size."""
-    if picture.kind == "small":
-        return F.interpolate(image[None], size=picture.size, mode="bilinear", antialias=False)[0]
-    top, left = picture.crop
-    return image[:, top:top + picture.size[0], left:left + picture.size[1]]

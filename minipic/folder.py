@@ -22,7 +22,7 @@ WIDEST = 2.0  # the largest ratio of a bucket's sides
 
 @dataclass(frozen=True)
 class Photo:
-    """One picture of a folder, with what data.Picture has: `size` (H, W) of its bucket, `original` (H, W) as filed."""
+    """One picture of a folder, with all that a data.Picture can: `size` (H, W) of its bucket, `original` (H, W) as filed."""
 
     path: Path
     text: str
@@ -37,9 +37,12 @@ class Photo:
         crop = [max(0, round(old * scale) - new) // 2 for new, old in zip(self.size, self.original)]
         return torch.tensor([*self.original, *crop, *self.size], dtype=torch.float32)
 
-    def draw(self):
-        """The picture [3,H,W] in [-1,1]."""
-        return to_tensor(cover(open_picture(self.path), self.size[::-1]))
+    def caption(self, generator):
+        return self.text
+
+    @staticmethod
+    def draw(photos):
+        return [to_tensor(cover(open_picture(photo.path), photo.size[::-1])) for photo in photos]
 
 
 def buckets(side, step):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import struct
+import textwrap
 import warnings
 import zlib
 from pathlib import Path
@@ -34,8 +35,8 @@ def to_tensor(picture):
     return 2 * (levels.permute(2, 0, 1) / 255) - 1  # in this order: diffusers' numbers to the last bit
 
 
-def open_picture(path, background=PAPER):
-    """A file as an upright RGB picture: first frame, 16 bits cut to 8, transparency on `background`.
+def open_picture(path):
+    """A file as an upright RGB picture: first frame, 16 bits cut to 8, transparency on white.
 
     Raises InputError naming the file when it is missing, damaged, cut off, too large, or no PNG, JPEG, WebP or BMP.
     """
@@ -44,7 +45,7 @@ def open_picture(path, background=PAPER):
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # about 90 million pixels
             with Image.open(path, formats=FORMATS) as file:
                 file.load()  # opening reads the header only
-                return flatten(ImageOps.exif_transpose(file), background)
+                return flatten(ImageOps.exif_transpose(file))
     except FileNotFoundError:
         raise InputError(f"{path}: no such picture; check the name") from None
     except DAMAGE as error:
@@ -52,13 +53,13 @@ def open_picture(path, background=PAPER):
         raise InputError(f"{path}: expected a PNG, JPEG, WebP or BMP picture, and it {reason}") from error
 
 
-def flatten(picture, background=PAPER):
+def flatten(picture):
     """Any mode -> RGB."""
     if picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off at 255
         picture = Image.fromarray((np.asarray(picture, dtype=np.uint32) // 257).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, PAPER), picture)
     return picture.convert("RGB")
 
 
@@ -68,19 +69,8 @@ def cover(picture, size):
 
 
 def wrap(text, font, width):
-    """Break a text into lines of at most `width` pixels, also inside a word that is longer than that."""
-    lines = [""]
-    for word in " ".join(text.split()).split(" "):
-        joined = f"{lines[-1]} {word}" if lines[-1] else word
-        if font.getlength(joined) <= width:
-            lines[-1] = joined
-            continue
-        lines.append("")
-        for letter in word:
-            if lines[-1] and font.getlength(lines[-1] + letter) > width:
-                lines.append("")
-            lines[-1] += letter
-    return [line for line in lines if line]
+    """Break a text into lines of about `width` pixels, also inside a long word."""
+    return textwrap.wrap(text, int(width / font.getlength("x")))
 
 
 def write_lines(sheet, lines, font, middle, y):

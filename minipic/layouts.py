@@ -38,7 +38,6 @@ class Part:
 class Source:
     """A whole model on disk. `index` is model_index.json's content, `scheduler` scheduler_config.json's."""
 
-    path: Path
     parts: dict[str, Part]
     index: dict
     scheduler: dict
@@ -126,7 +125,7 @@ def from_single_file(path, parts, index, scheduler):
     if strangers:
         raise InputError(f"{path} holds {len(strangers)} unexpected tensors: {listed(strangers)}")
     parts = {name: checked(replace(part, files={path: own(entries, part.prefix)})) for name, part in parts.items()}
-    return Source(path, parts, index, scheduler)
+    return Source(parts, index, scheduler)
 
 
 def own(entries, prefix=""):
@@ -152,7 +151,7 @@ def open_folder(path, half=False):
     if channels != latent:
         raise InputError(f"{path / 'unet'} takes {channels} channels but the VAE makes {latent}; inpainting (9) and "
                          "instruct-pix2pix (8) UNets are not supported, use the ordinary model with --mask")
-    return Source(path, parts, index, read_json(path / "scheduler" / "scheduler_config.json"))
+    return Source(parts, index, read_json(path / "scheduler" / "scheduler_config.json"))
 
 
 def open_part(folder, name, half=False):
@@ -280,13 +279,6 @@ def load_part(part, dtype=None, device="cpu"):
             for key, x in part.convert(name[len(part.prefix):], tensor):
                 state[key] = x.to(device=device, dtype=dtype)
     model.load_state_dict(state, strict=True, assign=True)
-    return model
-
-
-def load_model(model, tensors, where):
-    """Fill a network built on the meta device from {name: tensor} in this library's names; `where` is for messages."""
-    check_fit(model, {name: (name, tuple(tensor.shape)) for name, tensor in tensors.items()}, where)
-    model.load_state_dict(tensors, strict=True, assign=True)
     return model
 
 

@@ -103,18 +103,6 @@ class Tokenizer:
                 shutil.copyfile(self.folder / name, Path(folder) / name)
 
 
-def read_merges(path):
-    """merges.txt -> pairs of tokens, the earliest merged first. Line 1 is a version comment."""
-    try:
-        pairs = [tuple(line.split()) for line in path.read_text(encoding="utf-8").split("\n")[1:] if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); copy it again") from error
-    for pair in pairs:
-        if len(pair) != 2:
-            raise InputError(f"{path}: {' '.join(pair)[:40]!r} is not a pair of tokens; copy the file again")
-    return pairs
-
-
 def content(token):
     return token["content"] if isinstance(token, dict) else token
 
@@ -138,11 +126,13 @@ def special_tokens(settings):
 
 def byte_level_bpe(folder=None):
     """CLIP's tokenizer with the vocabulary in `folder`, or with none yet."""
-    vocab, merges = (read_json(folder / "vocab.json"), read_merges(folder / "merges.txt")) if folder else ({}, [])
+    vocab, merges = read_json(folder / "vocab.json") if folder else {}, []
     try:
+        if folder:
+            merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))[1]
         model = models.BPE(vocab, merges, unk_token=END, end_of_word_suffix=WORD_END)
     except Exception as error:  # the tokenizers package raises nothing finer
-        raise InputError(f"{folder}: vocab.json and merges.txt do not fit together ({error}); copy both") from error
+        raise InputError(f"{folder}: merges.txt is damaged or does not fit vocab.json ({error}); copy both") from error
     bpe = tokenizers.Tokenizer(model)
     bpe.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minipic.checkpoint import whole
 from minipic.common import InputError, option
+from minipic.weights import replacing
 
 
 @dataclasses.dataclass
@@ -36,7 +37,7 @@ class Recipe:
     weight_decay: float = option(0.01, "AdamW's decay of matrices and kernels (never of biases and norms)")
     clip: float = option(1.0, "largest gradient norm; 0 leaves gradients as they are")
     ema: float = option(0.999, "decay of the weight average that is drawn from and exported; 0 turns it off")
-    precision: str = option("fp32", "arithmetic of the forward pass; weights stay as they are", ("fp32", "bf16"))
+    precision: str = option("bf16", "arithmetic of the forward pass; weights stay as they are", ("fp32", "bf16"))
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     fsdp: bool = option(False, "shard weights, optimizer and average over the processes of torchrun")
     seed: int = option(0, "seed of the first weights, the data and the noise")
@@ -48,10 +49,11 @@ class Recipe:
     sample_every: int = option(500, "steps between sample pictures; 0 draws none")
     log_every: int = option(10, "steps between lines of log.jsonl")
 
+    LEAST = {"steps": 1, "batch": 1, "accumulate": 1, "warmup": 0, "clip": 0, "ema": 0, "save_every": 1, "keep": 1,
+             "sample_every": 0, "log_every": 1}
+
     def __post_init__(self):
-        least = {"steps": 1, "batch": 1, "accumulate": 1, "warmup": 0, "clip": 0, "ema": 0, "save_every": 1, "keep": 1,
-                 "sample_every": 0, "log_every": 1}
-        for name, low in least.items():
+        for name, low in self.LEAST.items():
             if not getattr(self, name) >= low:
                 raise InputError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(self, name)}")
         if self.ema >= 1:
@@ -261,7 +263,8 @@ def start_log(config, last):
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     rows = [row for row in rows if row["step"] <= last]
-    write_safely(path, lambda part: part.write_text("".join(json.dumps(row) + "\n" for row in rows)))
+    with replacing(path) as part:
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
@@ -270,14 +273,6 @@ def log(config, rows, row):
     rows.append(row)
     with open(Path(config.out, "log.jsonl"), "a") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def write_safely(path, write):
-    """Call write(temporary path), then rename: a reader sees the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"part-{path.name}")
-    write(part)
-    os.replace(part, path)
 
 
 def loss_curve(rows, width=640, height=360):

@@ -28,17 +28,13 @@ GROUP = 256 << 20  # bytes mapped at a time: what converting to another dtype ma
 OFFICIAL = Path(__file__).parent.parent / "weights" / "official.json"
 
 
-def read_weights(path, names=None):
+def read_weights(path):
     """{name: tensor} of one safetensors file, memory-mapped (nothing is copied until it changes).
 
-    `names`: only these. Raises InputError naming the file, and the tensor at fault, when the file is damaged, is of
-    another kind, or holds NaN or infinity. A flipped low bit of a weight cannot be seen without a hash: see `verify`.
+    Raises InputError naming the file, and the tensor at fault, when the file is damaged, is of another kind, or holds
+    NaN or infinity. A flipped low bit of a weight cannot be seen without a hash: see `verify`.
     """
-    entries, _ = read_header(path)
-    missing = sorted(set(names or ()) - set(entries))
-    if missing:
-        raise InputError(f"{path}: tensor {missing[0]!r} is not in this file")
-    return dict(stream(path, {name: entries[name] for name in names or entries}))
+    return dict(stream(path, read_header(path)[0]))
 
 
 def read_header(path):
@@ -172,13 +168,13 @@ def write_json(values, path):
 
 
 @contextmanager
-def replacing(path, size):
+def replacing(path, size=0):
     """A temporary path beside `path`; what the block writes there is flushed to disk and renamed to `path`.
 
     An error, a full disk say, or a kill leaves the old `path` as it was. `size`: bytes needed, for the message.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"part-{path.name}")  # the ending tells Pillow the format
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
@@ -189,7 +185,7 @@ def replacing(path, size):
         os.replace(temporary, path)
         flush(path.parent)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot write its {size:,} bytes ({error}); make room or choose another "
+        raise InputError(f"{path}: cannot write {size or 'all'} bytes ({error}); make room or choose another "
                          "place") from None
     finally:
         if temporary.exists():
@@ -256,15 +252,10 @@ def load_lora(path, models, partial=False):
         if not fits:
             raise InputError(f"{path}: the LoRA of {part}.{module} does not fit its weight {list(wanted)}; "
                              "use a LoRA made for this model")
-        alpha = tensors.get("alpha", noted_alpha(noted, part, module, len(a)))
+        alpha = noted.get(f"{part}.lora_alpha") or len(a)  # newer diffusers notes it in the header
+        alpha = tensors.get("alpha", (noted.get(f"{part}.alpha_pattern") or {}).get(module, alpha))
         loras.setdefault(part, {})[module] = a, b, float(alpha)
     return loras
-
-
-def noted_alpha(noted, part, module, rank):
-    """alpha as newer diffusers notes it in the header, for its files hold no tensor of it."""
-    alpha = noted.get(f"{part}.lora_alpha", rank)
-    return (noted.get(f"{part}.alpha_pattern") or {}).get(module, rank if alpha is None else alpha)
 
 
 def save_lora(states, path, metadata=None, kohya=False):

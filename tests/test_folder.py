@@ -11,7 +11,7 @@ from PIL import Image
 import sample
 import train
 from minipic.common import InputError
-from minipic.folder import buckets, fit, read_folder
+from minipic.folder import Photo, buckets, fit, read_folder
 from minipic.image import open_picture, to_tensor
 from minipic.methods import t2i
 from minipic.pipeline import Pipeline
@@ -51,11 +51,11 @@ def test_pictures_captions_and_size_ids(folder):
     assert {name: photo.text for name, photo in photos.items()} == {
         "a.png": "a red cube", "b.JPG": "a wide one", "c.png": "a tall one"}
     assert photos["a.png"].size_ids.tolist() == [64, 64, 0, 0, 64, 64]
-    assert torch.equal(photos["a.png"].draw(), to_tensor(open_picture(folder / "a.png")))
+    assert torch.equal(Photo.draw([photos["a.png"]])[0], to_tensor(open_picture(folder / "a.png")))
     assert photos["b.JPG"].size == (48, 80) and photos["c.png"].size == (80, 48)
     for photo in photos.values():
         height, width, top, left, *target = photo.size_ids.tolist()
-        assert (height, width) == photo.original and tuple(target) == photo.size == photo.draw().shape[1:]
+        assert (height, width) == photo.original and tuple(target) == photo.size == Photo.draw([photo])[0].shape[1:]
         scale = max(photo.size[0] / height, photo.size[1] / width)
         assert abs(2 * top + photo.size[0] - height * scale) <= 1 and abs(2 * left + photo.size[1] - width * scale) <= 1
     assert said[0].endswith("3 pictures, 3 usable") and "  bucket 64x64: 1" in said

@@ -131,7 +131,8 @@ def test_openclip_pools_as_its_own_tower():
     ids, pooled = golden.pop("golden.ids"), golden.pop("golden.pooled")
     config = CLIPTextConfig(32, 12, 16, 64, 2, 2, "gelu", 16, True)
     part = layouts.Part(CLIPText, config, convert=keys.openclip)
-    model = layouts.load_model(layouts.blank(CLIPText, config), converted(part, golden), "golden")
+    model = layouts.blank(CLIPText, config)
+    model.load_state_dict(converted(part, golden), strict=True, assign=True)
     torch.testing.assert_close(model(ids)[1], pooled, rtol=1e-5, atol=1e-6)
     model.text_projection.weight.data = model.text_projection.weight.data.T
     assert (model(ids)[1] - pooled).abs().max() > 0.1

@@ -89,19 +89,6 @@ def test_merged_equals_beside_and_unmerged_is_the_same_bits():
     assert torch.equal(model["to_q"].weight, weight) and torch.equal(model["to_q"](X), before)
 
 
-def test_removed_is_the_layer_it_was():
-    model = small()
-    lora.inject(model, rank=4, match="to_q")
-    randomize(model)
-    alone = model["to_q"](X)
-    lora.inject(model, rank=3, match="to_q", name="other")
-    lora.remove(model, "other")
-    assert torch.equal(model["to_q"](X), alone)
-    lora.remove(model)
-    assert type(model["to_q"]) is nn.Linear and torch.equal(model["to_q"](X), small()["to_q"](X))
-    assert model.state_dict().keys() == small().state_dict().keys()
-
-
 def test_no_such_layer_is_an_error():
     with pytest.raises(ValueError, match="'nothing'"):
         lora.inject(small(), rank=4, match="nothing")

@@ -8,7 +8,7 @@ import torch
 
 import train
 from minipic.common import random
-from minipic.data import KINDS, caption_of, compose, draw
+from minipic.data import KINDS, Picture, compose
 from minipic.methods import clip, t2i, vae
 from minipic.pipeline import Pipeline
 from minipic.world.caption import parse
@@ -30,7 +30,7 @@ def test_kinds_come_in_their_shares():
 
 
 def test_pictures_are_what_their_size_ids_say():
-    plain, crop, panels = draw([first("plain"), first("crop"), first("panels")])
+    plain, crop, panels = Picture.draw([first("plain"), first("crop"), first("panels")])
     assert torch.equal(plain, render(first("plain").scenes[0]).rgb[0])
     assert first("plain").size_ids.tolist() == [64, 64, 0, 0, 64, 64]
     top, left = first("crop").crop
@@ -39,12 +39,12 @@ def test_pictures_are_what_their_size_ids_say():
     assert panels.shape == (3, 64, 128) and first("panels").size_ids.tolist() == [64, 128, 0, 0, 64, 128]
     assert torch.equal(panels[:, :, :64], render(first("panels").scenes[0]).rgb[0])
     small = first("small")
-    assert small.size_ids.tolist() == [*small.drawn, 0, 0, 64, 64] and draw([small])[0].shape == (3, 64, 64)
+    assert small.size_ids.tolist() == [*small.drawn, 0, 0, 64, 64] and Picture.draw([small])[0].shape == (3, 64, 64)
 
 
 def test_captions_fit_and_parse():
     for i, picture in enumerate(PICTURES):
-        text = caption_of(picture, random(0, i))
+        text = picture.caption(random(0, i))
         parts = text.removeprefix("two panels: ").split(" | ")
         assert len(parts) == len(picture.scenes) and all(parse(part).things for part in parts)
 
@@ -98,8 +98,8 @@ def test_facts_of_a_caption_are_the_answers_to_its_questions():
 def test_clip_learns_the_facts_that_contrast_leaves(towers):
     """The heads' loss is the cross-entropy of the facts, and it teaches both encoders."""
     pictures = [compose(3, i) for i in range(4)]
-    captions = [caption_of(picture, random(3, i)) for i, picture in enumerate(pictures)]
-    batch = {"image": torch.stack([clip.squash(x) for x in draw(pictures)]), **clip.tokens(towers, captions),
+    captions = [picture.caption(random(3, i)) for i, picture in enumerate(pictures)]
+    batch = {"image": torch.stack([clip.squash(x) for x in Picture.draw(pictures)]), **clip.tokens(towers, captions),
              "facts": torch.tensor([clip.facts_of(caption) for caption in captions])}
     loss, numbers = clip.loss(towers, batch, clip.Recipe())
     states, states_2 = (encoder(batch[ids])[0][-2] for encoder, ids in ((towers.text_encoder, "ids"),

@@ -171,7 +171,7 @@ WRONG = {
     "--prompts latin.txt": "--prompts latin.txt: is not UTF-8",
     "--prompts nowhere.txt": "--prompts nowhere.txt: cannot be read",
     "--from photo.png": "photo.png: no minipic settings",
-    "--from": "--from: name the picture",
+    "--from": "--from: expected one argument",
     "--device gpu": "--device gpu: not available here",
     "--dtype fp8": "argument --dtype: invalid choice: 'fp8'",
     "--crop 3": "--crop 3: expected two whole numbers such as 64,64",

@@ -53,7 +53,7 @@ def test_trailing_of_turbo():
 
 
 def test_karras():
-    sigmas = Schedule().grid(30, karras=True).sigmas
+    sigmas = Schedule(use_karras_sigmas=True).grid(30).sigmas
     near(sigmas[[0, 1, 2, 28, 29]], [11.476851, 10.031294, 8.744695, 0.055309, 0.041314], 2e-5)
 
 

@@ -109,11 +109,11 @@ def edit(path, change):
 
 @pytest.mark.parametrize("damage, message", [
     (lambda d: (d / "vocab.json").unlink(), "vocab.json: cannot read it"),
-    (lambda d: (d / "merges.txt").unlink(), "merges.txt: cannot be read"),
+    (lambda d: (d / "merges.txt").unlink(), "merges.txt is damaged"),
     (lambda d: edit(d / "vocab.json", lambda s: s[:500]), "vocab.json: is not valid JSON"),
     (lambda d: edit(d / "vocab.json", lambda s: "[]"), "vocab.json: expected a JSON object"),
-    (lambda d: edit(d / "merges.txt", lambda s: s + "one two three\n"), "merges.txt: 'one two three' is not a pair"),
-    (lambda d: edit(d / "merges.txt", lambda s: s + "zz yy\n"), "do not fit together"),
+    (lambda d: edit(d / "merges.txt", lambda s: s + "one two three\n"), "merges.txt is damaged"),
+    (lambda d: edit(d / "merges.txt", lambda s: s + "zz yy\n"), "does not fit vocab.json"),
     (lambda d: edit(d / "vocab.json", lambda s: s.replace(END, "x")), "ends with <|startoftext|> and"),
     (lambda d: edit(d / "tokenizer_config.json", lambda s: s.replace('"pad_token": "!"', '"pad_token": "[PAD]"')),
      "special token '[PAD]'"),

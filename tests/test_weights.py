@@ -65,7 +65,6 @@ def test_weights_come_back(tmp_path):
     back = read_weights(tmp_path / "deep" / "w.safetensors")
     assert back.keys() == tensors.keys() and all(torch.equal(back[k], tensors[k]) for k in tensors)
     assert read_header(tmp_path / "deep" / "w.safetensors")[1] == {"format": "pt", "step": "3"}
-    assert read_weights(tmp_path / "deep" / "w.safetensors", ["half"]).keys() == {"half"}
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["w.safetensors"]
 
 
@@ -148,9 +147,6 @@ def test_paths_that_are_not_files(tmp_path):
     for path in (tmp_path, tmp_path / "none.safetensors"):
         with pytest.raises(InputError, match=str(path)):
             read_weights(path)
-    with pytest.raises(InputError, match="'b' is not in"):
-        save_weights({"a": torch.ones(1)}, tmp_path / "w.safetensors")
-        read_weights(tmp_path / "w.safetensors", ["b"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -20,8 +20,10 @@ SAMPLER_OF = {  # scheduler_config.json's `_class_name` -> the sampler that draw
     "FlowMatchEulerDiscreteScheduler": "flow_euler",
 }
 
-# Keys of scheduler_config.json that do not vary here: the values under which the file means this code.
+# Values of scheduler_config.json under which the file means this code.
 FIXED = {
+    "beta_schedule": ("linear", "scaled_linear"), "prediction_type": ("epsilon", "v_prediction", "flow"),
+    "timestep_spacing": ("leading", "trailing", "linspace", None),
     "algorithm_type": ("dpmsolver++",), "clip_sample": (False,), "final_sigmas_type": ("zero",),
     "interpolation_type": ("linear",), "invert_sigmas": (False,), "lambda_min_clipped": (-float("inf"),),
     "shift_terminal": (None,), "sigma_max": (None,), "sigma_min": (None,), "solver_order": (2,),
@@ -65,14 +67,7 @@ class Schedule:
         legacy = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "timestep_spacing": None,
                   "steps_offset": 0, "set_alpha_to_one": True, "class_name": name,
                   "prediction_type": "flow" if SAMPLER_OF[name] == "flow_euler" else "epsilon"}
-        schedule = from_json(cls, legacy | values, FIXED, where)
-        allowed = {"beta_schedule": ("linear", "scaled_linear"), "prediction_type": tuple(OBJECTIVES),
-                   "timestep_spacing": ("leading", "trailing", "linspace", None)}
-        for key, choices in allowed.items():
-            if getattr(schedule, key) not in choices:
-                raise InputError(f"{where}: {key}={getattr(schedule, key)!r} is not supported "
-                                 f"(supported: {', '.join(map(repr, choices))})")
-        return schedule
+        return from_json(cls, legacy | values, FIXED, where)
 
     def to_json(self):
         """The scheduler_config.json that diffusers loads; `clip_sample` because its DDIM would clip by default."""
@@ -128,15 +123,13 @@ class Schedule:
         below, above = self.table[low].log(), self.table[low + 1].log()
         return low + ((sigma.log() - below) / (above - below)).clamp(0, 1)
 
-    def grid(self, steps, sampler=None, karras=None):
+    def grid(self, steps, sampler=None):
         """The Grid that diffusers' scheduler of that kind walks in `steps` steps.
 
-        `sampler`: a name in SAMPLERS (default: the file's); `karras`: Karras et al.'s spacing of noise levels, rho = 7
-        (default: the file's). Kinds differ: euler, euler_ancestral and heun use fractional timesteps where they fall,
-        ddim whole ones, dpmpp_2m whole ones of a grid one step longer without its cleanest.
+        `sampler`: a name in SAMPLERS (default: the file's). euler, euler_ancestral and heun use fractional timesteps
+        where they fall, ddim whole ones, dpmpp_2m whole ones of a grid one step longer without its cleanest.
         """
         sampler = sampler or self.sampler
-        karras = self.use_karras_sigmas if karras is None else karras
         if (sampler == "flow_euler") != (self.prediction_type == "flow"):
             raise InputError(f"--sampler {sampler} cannot draw with a model trained for {self.prediction_type!r}; "
                              "flow models need flow_euler, all others another sampler")
@@ -146,7 +139,7 @@ class Schedule:
         if sampler == "flow_euler":
             sigmas = self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
             t = self.t(sigmas)
-        if karras:
+        if self.use_karras_sigmas:  # Karras et al.'s spacing, rho = 7
             whole = sampler == "dpmpp_2m"  # it takes the whole trained range, and whole timesteps
             high, low = self.table[[-1, 0]] if whole else sigmas[[0, -1]]
             ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
@@ -217,19 +210,37 @@ class Grid:
         return self._slice(before[0] if start > 0 else 0, before[1])
 
 
-class Objective:
-    """What a network is trained to predict. The same five formulas train and sample, so the two cannot disagree.
+class Eps:
+    """The network predicts the noise (DDPM, 2006.11239). The same formulas train and sample: the two cannot disagree.
 
-    Subclasses define, with sigma broadcastable to x:
-      mix(x0, noise, sigma) -> x           the noised data
-      scaled(x, sigma)                     what the network is shown; also turns the last x into the finished latent
-      target(x0, noise, sigma)             what the network should answer
-      to_x0(x, sigma, prediction)          the clean data that an answer means
-      snr(sigma), gain(sigma)              signal-to-noise ratio; |d to_x0 / d prediction|^2
+    sigma broadcasts to x.
     """
 
     def __init__(self, schedule):
         self.schedule = schedule
+
+    def mix(self, x0, noise, sigma):
+        """The noised data x."""
+        return x0 + sigma * noise
+
+    def scaled(self, x, sigma):
+        """What the network is shown; also turns the last x into the finished latent."""
+        return x / (sigma**2 + 1) ** 0.5
+
+    def target(self, x0, noise, sigma):
+        """What the network should answer."""
+        return noise
+
+    def to_x0(self, x, sigma, prediction):
+        """The clean data that an answer means."""
+        return x - sigma * prediction
+
+    def snr(self, sigma):
+        return sigma**-2
+
+    def gain(self, sigma):
+        """|d to_x0 / d prediction|^2"""
+        return sigma**2
 
     def loss(self, predict, x0, noise, t, min_snr=None):
         """Squared error of a prediction -> [B].
@@ -257,28 +268,6 @@ class Objective:
             return self.to_x0(x, sigma, prediction.to(x.dtype))
 
         return denoise
-
-
-class Eps(Objective):
-    """The network predicts the noise (DDPM, 2006.11239)."""
-
-    def mix(self, x0, noise, sigma):
-        return x0 + sigma * noise
-
-    def scaled(self, x, sigma):
-        return x / (sigma**2 + 1) ** 0.5
-
-    def target(self, x0, noise, sigma):
-        return noise
-
-    def to_x0(self, x, sigma, prediction):
-        return x - sigma * prediction
-
-    def snr(self, sigma):
-        return sigma**-2
-
-    def gain(self, sigma):
-        return sigma**2
 
 
 class V(Eps):

@@ -48,7 +48,7 @@ def inject(model, rank, alpha=None, match=ATTENTION, name="default"):
     fp32 whatever the model is in.
 
     A is random as a Linear's start, B zero: the output stays what it was, bit for bit. alpha: `rank` if None. All else
-    in the model is frozen. `name` is what `set_scale` and `remove` call it. Raises ValueError if nothing matches.
+    in the model is frozen. `name` is what `set_scale` calls it. Raises ValueError if nothing matches.
     """
     def build(_, module):
         a = torch.empty(rank, *module.weight.shape[1:], device=module.weight.device)
@@ -78,19 +78,13 @@ def add(module, name, a, b, alpha=None):
     if module.ranks:
         a, b = torch.cat([module.lora_A.weight, a]), torch.cat([module.lora_B.weight, b], 1)
     module.ranks[name] = [rank, (rank if alpha is None else alpha) / rank, 1.0]
-    return place(module, a, b)
-
-
-def place(module, a, b):
-    """Make a and b the children of a LoRA layer; a strided layer's A strides."""
-    rank = len(a)
     if isinstance(module, nn.Linear):
-        module.lora_A = nn.Linear(module.in_features, rank, bias=False, device="meta")
-        module.lora_B = nn.Linear(rank, module.out_features, bias=False, device="meta")
-    else:
-        module.lora_A = nn.Conv2d(module.in_channels, rank, module.kernel_size, module.stride, module.padding,
+        module.lora_A = nn.Linear(module.in_features, len(a), bias=False, device="meta")
+        module.lora_B = nn.Linear(len(a), module.out_features, bias=False, device="meta")
+    else:  # a strided layer's A strides
+        module.lora_A = nn.Conv2d(module.in_channels, len(a), module.kernel_size, module.stride, module.padding,
                                   module.dilation, bias=False, device="meta")
-        module.lora_B = nn.Conv2d(rank, module.out_channels, 1, bias=False, device="meta")
+        module.lora_B = nn.Conv2d(len(a), module.out_channels, 1, bias=False, device="meta")
     module.lora_A.weight, module.lora_B.weight = nn.Parameter(a), nn.Parameter(b)
     return refresh(module)
 
@@ -112,21 +106,6 @@ def set_scale(model, scale, name="default"):
         if name in module.ranks:
             module.ranks[name][2] = scale
             refresh(module)
-
-
-def remove(model, name="default"):
-    """Take the LoRA `name` out again; a layer without any is the layer it was."""
-    unmerge(model)
-    for module in layers(model).values():
-        if name not in module.ranks:
-            continue
-        kept = [label != name for label, (rank, *_) in module.ranks.items() for _ in range(rank)]
-        del module.ranks[name]
-        if module.ranks:
-            place(module, module.lora_A.weight[kept], module.lora_B.weight[:, kept])
-            continue
-        del module.lora_A, module.lora_B, module.factor, module.ranks, module.original
-        module.__class__ = next(plain for plain, wrapped in LAYERS.items() if isinstance(module, wrapped))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minipic.common import option, random
-from minipic.data import caption_of, compose, draw
+from minipic.data import Picture, compose
 from minipic.image import labelled_grid, to_pictures
 from minipic.layouts import save_part
 from minipic.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig, contrastive_loss
@@ -41,9 +41,7 @@ class Recipe(Base):
 
     steps: int = option(2500, "optimizer steps in all")
     batch: int = option(64, "picture and caption pairs a step")
-    lr: float = option(1e-3, "peak learning rate")
     weight_decay: float = option(0.1, "AdamW's decay of matrices and kernels (never of biases and norms)")
-    precision: str = option("bf16", "arithmetic of the forward pass; weights stay as they are", ("fp32", "bf16"))
     scenes: int = option(10000, "different pictures, drawn before training starts")
     vocabulary: int = option(1024, "tokens of the vocabulary, at most; the captions' words need about 700")
 
@@ -74,7 +72,7 @@ def build(config):
     """New towers, and the vocabulary of the captions in `<out>/tokenizer` and `tokenizer_2`."""
     folder = Path(config.out)
     if not (folder / "tokenizer_2" / "vocab.json").exists():
-        captions = [caption_of(compose(config.seed, i), random(config.seed, "vocabulary", i)) for i in range(2000)]
+        captions = [compose(config.seed, i).caption(random(config.seed, "vocabulary", i)) for i in range(2000)]
         train_tokenizer(captions, folder / "tokenizer", config.vocabulary, END)
         train_tokenizer(captions, folder / "tokenizer_2", config.vocabulary, "!")
     towers = Towers(Tokenizer(folder / "tokenizer").size)
@@ -102,13 +100,15 @@ def sibling(seed, index):
 def data(towers, config):
     """Batches of (pictures [B,3,64,64], two id tensors [B,N]); pictures of other shapes are squashed to 64x64."""
     pictures = [sibling(config.seed, i) for i in tqdm(range(config.scenes), "scenes", leave=False, mininterval=2)]
-    images = torch.stack([(squash(x) * 127).round().to(torch.int8) for x in draw(pictures, progress="pictures")])
+    starts = tqdm(range(0, len(pictures), 64), "pictures", leave=False, mininterval=2)
+    drawn = (x for start in starts for x in Picture.draw(pictures[start:start + 64]))
+    images = torch.stack([(squash(x) * 127).round().to(torch.int8) for x in drawn])
 
     def batch(step, indices):
         families = [int(torch.randint(len(pictures) // FAMILY, (), generator=random(config.seed, "pick", i // FAMILY)))
                     for i in indices]
         rows = [FAMILY * family + i % FAMILY for family, i in zip(families, indices)]
-        captions = [caption_of(pictures[row], random(config.seed, "caption", i)) for row, i in zip(rows, indices)]
+        captions = [pictures[row].caption(random(config.seed, "caption", i)) for row, i in zip(rows, indices)]
         return {"image": images[rows] / 127, **tokens(towers, captions),
                 "facts": torch.tensor([facts_of(caption) for caption in captions])}
     return batch
@@ -161,8 +161,8 @@ def loss(towers, batch, config):
 def sample(towers, config):
     """Eight pictures, each under the caption of the eight that the second encoder likes best for it."""
     pictures = [compose(config.seed, 10**6 + i) for i in range(8)]
-    captions = [caption_of(p, random(config.seed, "sample", i)) for i, p in enumerate(pictures)]
-    images = torch.stack([squash(x) for x in draw(pictures)]).to(towers.logit_scale.device)
+    captions = [p.caption(random(config.seed, "sample", i)) for i, p in enumerate(pictures)]
+    images = torch.stack([squash(x) for x in Picture.draw(pictures)]).to(towers.logit_scale.device)
     ids = tokens(towers, captions)["ids_2"].to(images.device)
     match = F.normalize(towers.image_encoder(images)[1], dim=1) @ F.normalize(towers.text_encoder_2(ids)[1], dim=1).T
     labels = [("" if row == best else "WRONG ") + captions[best] for row, best in enumerate(match.argmax(1).tolist())]

@@ -41,7 +41,7 @@ class Recipe(Base):
 
 @dataclass
 class Scene:
-    """One training picture, with what data.Picture has: image and hint [3,H,W] in 8 bits, the hint in 0..255."""
+    """One training picture, with all that a data.Picture can: image and hint [3,H,W] in 8 bits, the hint in 0..255."""
 
     image: torch.Tensor
     hint: torch.Tensor
@@ -55,8 +55,12 @@ class Scene:
     def size_ids(self):
         return torch.tensor([*self.size, 0, 0, *self.size], dtype=torch.float32)
 
-    def draw(self):
-        return self.image / 127.5 - 1
+    def caption(self, generator):
+        return self.text
+
+    @staticmethod
+    def draw(scenes):
+        return [scene.image / 127.5 - 1 for scene in scenes]
 
 
 def scenes(pipeline, config, first, count, chunk=64):
@@ -103,7 +107,7 @@ def sample(pipeline, config):
     """Of four scenes that it never saw: the map, what is drawn from it with the prompt, and the scene itself."""
     cells, device = [], pipeline.device.type
     for scene in scenes(pipeline, config, config.scenes, 4):
-        hint, truth = to_pictures(torch.stack([scene.hint / 127.5 - 1, scene.draw()]))
+        hint, truth = to_pictures(torch.stack([scene.hint / 127.5 - 1, *Scene.draw([scene])]))
         with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):  # for two kinds of weights
             drawn, = pipeline.generate(scene.text, steps=20, control=hint)
         cells += [(hint, config.control), (drawn, scene.text), (truth, "the scene")]

@@ -28,7 +28,6 @@ class Recipe(Base):
     steps: int = option(2000, "optimizer steps in all")
     batch: int = option(64, "pictures a step")
     lr: float = option(3e-3, "peak learning rate")
-    precision: str = option("bf16", "arithmetic of the forward pass; weights stay as they are", ("fp32", "bf16"))
     pool: int = option(16000, "different scenes to render; each comes again with other blur, noise and tint")
 
 

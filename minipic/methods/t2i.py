@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from minipic.common import InputError, option, random
-from minipic.data import Picture, caption_of, compose, draw
+from minipic.data import compose
 from minipic.diffusion.schedule import Schedule
 from minipic.folder import read_folder
 from minipic.image import labelled_grid
@@ -71,11 +71,10 @@ class Recipe(Photos):
                              "where it is decided what stands where", ("epsilon", "v_prediction"))
     train_text: bool = option(False, "train the text encoders too")
 
+    LEAST = Base.LEAST | {"side": 0, "lora_rank": 0, "lora_alpha": 0}
+
     def __post_init__(self):
         super().__post_init__()
-        for name in ("lora_rank", "lora_alpha"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
         if self.from_nothing and self.lora_rank:
             raise InputError("--lora-rank changes a model that is there; leave out --from-nothing")
 
@@ -139,7 +138,7 @@ def batches(pipeline, pictures, texts, config):
         row = rows[int(torch.randint(len(rows), (), generator=generator))]
         mean, std = latents[row].float()
         u = torch.rand((), generator=generator).item()
-        text = None if u < config.drop / 2 else "" if u < config.drop else words_of(pictures[row], generator)
+        text = None if u < config.drop / 2 else "" if u < config.drop else pictures[row].caption(generator)
         known = dict(zip(("context", "pooled"), texts[text])) if texts else {}
         return {**known, "x0": mean + std * torch.randn(mean.shape, generator=generator),
                 "noise": torch.randn(mean.shape, generator=generator),
@@ -167,18 +166,11 @@ def captions_of(photos):
     return list(dict.fromkeys(photo.text for photo in photos))
 
 
-def words_of(picture, generator):
-    return caption_of(picture, generator) if isinstance(picture, Picture) else picture.text
-
-
 @torch.no_grad()
 def encode_texts(pipeline, pictures):
-    """{text: (context [N,D], pooled [D])} of all captions, of "" and of None, no text at all, which is zeros."""
-    found = {}
-    for text in tqdm({"": None, **{picture.text: None for picture in pictures}}, "texts", leave=False, mininterval=2):
-        context, pooled = encode([text], pipeline.towers, pipeline.sdxl)
-        found[text] = [x[0].cpu() for x in (context, pooled) if x is not None]
-    return found | {None: [torch.zeros_like(x) for x in found[""]]}
+    """{text: (context [N,D], pooled [D])} of all captions, of "" and of None."""
+    texts = tqdm({None, "", *(picture.text for picture in pictures)}, "texts", leave=False, mininterval=2)
+    return {text: [x[0].cpu() for x in encode_batch(pipeline, [text], False) if x is not None] for text in texts}
 
 
 @torch.no_grad()
@@ -190,8 +182,7 @@ def encode_pictures(vae, pictures, chunk=64):
         rows = order[start:start + chunk]
         for size in {pictures[i].size for i in rows}:
             same = [i for i in rows if pictures[i].size == size]
-            world = isinstance(pictures[same[0]], Picture)
-            images = draw([pictures[i] for i in same]) if world else [pictures[i].draw() for i in same]
+            images = type(pictures[same[0]]).draw([pictures[i] for i in same])
             images = torch.stack(images).to(device, next(vae.parameters()).dtype)
             with torch.autocast(device.type, torch.bfloat16):
                 mean, logvar = vae.encode(images)

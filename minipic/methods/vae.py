@@ -28,8 +28,6 @@ class Recipe(Base):
 
     steps: int = option(1500, "optimizer steps in all")
     batch: int = option(16, "pictures a step")
-    lr: float = option(1e-3, "peak learning rate")
-    precision: str = option("bf16", "arithmetic of the forward pass; weights stay as they are", ("fp32", "bf16"))
     kl_weight: float = option(1e-4, "weight of the Kullback-Leibler term, a mean over latent numbers")
     edge_weight: float = option(0.1, "weight of the differences between neighbouring pixels")
     maps_share: float = option(0.25, "share of depth, normal, segmentation and edge maps among the pictures")

@@ -19,7 +19,8 @@ from minipic.layers.blocks import Downsample, ResnetBlock, Upsample, geglu, grou
 
 # Keys of unet/config.json that these networks do not vary: the values under which the file means this code.
 FIXED = {
-    "act_fn": ("silu",), "addition_embed_type_num_heads": ..., "attention_type": ("default",),
+    "act_fn": ("silu",), "addition_embed_type": (None, "text_time"), "addition_embed_type_num_heads": ...,
+    "attention_type": ("default",),
     "center_input_sample": (False,), "class_embed_type": (None,), "class_embeddings_concat": (False,),
     "conv_in_kernel": (3,), "conv_out_kernel": (3,), "cross_attention_norm": (None,), "downsample_padding": (1,),
     "dropout": (0.0,), "dual_cross_attention": (False,), "encoder_hid_dim": (None,), "encoder_hid_dim_type": (None,),
@@ -60,9 +61,6 @@ class EncoderConfig:
             for name in getattr(config, f"{stem.lower()}_block_types", ()):
                 if name not in (f"{stem}Block2D", f"CrossAttn{stem}Block2D"):
                     raise InputError(f"{where}: block type {name!r} is not supported")
-        if config.addition_embed_type not in (None, "text_time"):
-            raise InputError(f"{where}: addition_embed_type={config.addition_embed_type!r} is not supported "
-                             "(supported: None, 'text_time')")
         return config
 
     def per_level(self, value):

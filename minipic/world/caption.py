@@ -199,8 +199,3 @@ def compare(asked, seen):
         best[fact] = [int(want == getattr(seen, fact)), 1] if want else [0, 0]
     best["whole"] = [int(all(right == total for right, total in best.values())), 1]
     return {fact: tuple(counts) for fact, counts in best.items()}
-
-
-def matches(asked, scene):
-    """Whether everything that is asked for is true of the scene."""
-    return compare(asked, describe(scene))["whole"] == (1, 1)

@@ -42,7 +42,6 @@ def valid(scene):
 
 # ---- (scene, k, its name, generator) -> object k changed (None: removed) and the instruction; or None --------------
 
-
 def recolour(scene, k, it, g):
     o = scene.objects[k]
     color = pick([c for c in COLORS if c not in (o.color, o.color2)], g)

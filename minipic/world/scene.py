@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from minipic.common import InputError, random
 from minipic.world.camera import Camera, direction, directions, extrinsics, eyes, intrinsics, project
@@ -183,7 +184,6 @@ def clear(objects, offset, camera, aspect):
 
 # ---- pictures ---------------------------------------------------------------------------------------------------
 
-
 @dataclass
 class Render:
     """B pictures and their exact truth at the pixels' centres. rgb [B,3,H,W] in [-1,1]; depth [B,H,W] along the view,
@@ -233,7 +233,7 @@ class View:
         light = torch.stack([direction(s.light.azimuth, s.light.elevation) for s in self.scenes])
         v, u = torch.arange(self.size[0])[:, None] % 2 - 0.5, torch.arange(self.size[1]) % 2 - 0.5
         shift = torch.stack([u + 0 * v, 0 * u * v, v + 0 * u]).view(3, 1, -1) * (2 * SOFT)
-        self.sun = _unit(light.T[:, :, None] + shift).flatten(1)
+        self.sun = F.normalize(light.T[:, :, None] + shift, dim=0).flatten(1)
         slant = light[self.bodies.picture][:, None]
         shadows = points - slant * (points[..., 1:2] / slant[..., 1:2])      # hull and shadow hold the shadow volume
         shine(self.surface, self.bodies, self._boxes(torch.cat([points, shadows], 1)), self.sun, self.size)
@@ -241,10 +241,6 @@ class View:
     def per_ray(self, values):
         """One colour for every scene [B,3] -> for every ray [3,R]."""
         return values.T.repeat_interleave(self.size[0] * self.size[1], 1)
-
-
-def _unit(v):
-    return v * (v * v).sum(0).rsqrt()
 
 
 def albedo(view):
@@ -277,7 +273,7 @@ def shade(view, color=None):
     color = (albedo(view) if color is None else color) ** 2
     color *= 0.26 + 0.10 * surface.normal[1] + 0.80 * surface.lit
     ray = ((surface.body >= 0) & (surface.lit > 0)).nonzero()[:, 0]
-    half = _unit(view.sun.index_select(1, ray) - _unit(view.rays.index_select(1, ray)))
+    half = F.normalize(view.sun.index_select(1, ray) - F.normalize(view.rays.index_select(1, ray), dim=0), dim=0)
     gleam = (surface.normal.index_select(1, ray) * half).sum(0).clamp_min(0) ** 40
     color.index_add_(1, ray, (0.25 * gleam).expand(3, -1))
     haze = torch.where(surface.body < 0, 1 - torch.exp(-(surface.depth / 40) ** 2), 0.0)     # 1 in the sky
@@ -294,7 +290,7 @@ def render(scenes, size=(64, 64), shade=shade, truth=True):
     for i in range(0, len(scenes), CHUNK):
         part = scenes[i:i + CHUNK]
         view = View(part, size, 2)
-        color = torch.nn.functional.avg_pool2d(shade(view).clamp(0, 1).view(-1, 1, *view.size), 2)
+        color = F.avg_pool2d(shade(view).clamp(0, 1).view(-1, 1, *view.size), 2)
         pictures.append(color.view(3, -1, *size).transpose(0, 1).sqrt() * 2 - 1)
         views += [View(part, size, 1, shaded=False)] if truth else []
     out = Render(torch.cat(pictures), extrinsics([s.camera for s in scenes]), intrinsics(size))

@@ -7,6 +7,7 @@ inf where the ray misses, normal is three tensors [N] and means nothing there.
 
 import math
 from collections import namedtuple
+from itertools import product
 
 import torch
 
@@ -20,12 +21,6 @@ DIAMOND = (0.85, 1.05)    # half width, half height of an octahedron standing on
 def _divisor(x):
     """x with zeros nudged: a ray parallel to a face meets it infinitely far away."""
     return torch.where(x == 0, torch.full_like(x, 1e-12), x)
-
-
-def _first(valid_t):
-    """The nearest of several candidate distances [S, N] with inf for those that don't count, and which it was."""
-    t, which = torch.stack(valid_t).min(0)
-    return t, which
 
 
 def _valid(t, inside):
@@ -73,7 +68,8 @@ def cylinder(ox, oy, oz, dx, dy, dz):
     side = (-b - inside.clamp_min(0).sqrt()) / a
     cap = (-dy.sign() * half - oy) / _divisor(dy)
     on_cap = (ox + cap * dx) ** 2 + (oz + cap * dz) ** 2 <= radius**2
-    t, which = _first([_valid(side, (inside > 0) & ((oy + side * dy).abs() <= half)), _valid(cap, on_cap)])
+    on_side = (inside > 0) & ((oy + side * dy).abs() <= half)
+    t, which = torch.stack([_valid(side, on_side), _valid(cap, on_cap)]).min(0)
     on_side, inverse = which == 0, (which == 0) / radius
     return t, ((ox + t * dx) * inverse, torch.where(on_side, 0.0, -dy.sign()), (oz + t * dz) * inverse)
 
@@ -90,8 +86,8 @@ def cone(ox, oy, oz, dx, dy, dz):
     sides = [(-b - root) / a, (-b + root) / a]      # both: a steep ray has its entry at either root
     base = (-half - oy) / _divisor(dy)
     on_base = (ox + base * dx) ** 2 + (oz + base * dz) ** 2 <= radius**2
-    t, which = _first([_valid(s, (inside > 0) & ((oy + s * dy).abs() <= half)) for s in sides]
-                      + [_valid(base, on_base)])
+    sides = [_valid(s, (inside > 0) & ((oy + s * dy).abs() <= half)) for s in sides]
+    t, which = torch.stack([*sides, _valid(base, on_base)]).min(0)
     x, y, z = ox + t * dx, slope**2 * (below - t * dy), oz + t * dz
     length = (x * x + y * y + z * z).sqrt().clamp_min(1e-6)
     on_side = which < 2
@@ -129,17 +125,13 @@ def _ring(radius, height, axis=1, corners=8):
     return [p[:axis] + [height] + p[axis:] for p in points]
 
 
-def _box(half):
-    return [[x * half, y * half, z * half] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]
-
-
 # enter: the function above; hull: points whose convex hull holds the solid; base: the centre's height above the floor
 Solid = namedtuple("Solid", "enter hull base")
 _EDGE = math.tan(math.pi / 8)               # an octagon turned about y holds the unit sphere
 _W, _H = DIAMOND
 SOLIDS = {
     "sphere": Solid(sphere, sum([_ring(1, y) + _ring(_EDGE, y / _EDGE) for y in (-_EDGE, _EDGE)], []), 1.0),
-    "cube": Solid(cube, _box(CUBE), CUBE),
+    "cube": Solid(cube, [*map(list, product((-CUBE, CUBE), repeat=3))], CUBE),
     "cylinder": Solid(cylinder, _ring(*CYLINDER) + _ring(CYLINDER[0], -CYLINDER[1]), CYLINDER[1]),
     "cone": Solid(cone, _ring(CONE[0], -CONE[1]) + [[0, CONE[1], 0]], CONE[1]),
     "torus": Solid(torus, _ring(sum(TORUS), TORUS[1], 2) + _ring(sum(TORUS), -TORUS[1], 2), sum(TORUS)),

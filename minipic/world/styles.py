@@ -12,7 +12,6 @@ from minipic.world.scene import COLORS, SKIES, Object, albedo, shade, sky
 
 # ---- ornaments: patterns that captions have no words for --------------------------------------------------------
 
-
 @dataclass(frozen=True)
 class Ornamented(Object):
     """A solid that wears an ornament: (name in ORNAMENTS, phase 0..1, three names of COLORS). Draw it with `ornate`."""
@@ -59,7 +58,6 @@ def ornate(view):
 
 
 # ---- styles: View -> linear colours [3,R] -----------------------------------------------------------------------
-
 
 def _plane(view, values):
     """Values [..., R] of all rays as [..., B, h, w]."""
