@@ -3,8 +3,8 @@ measured, from the JSON files beside this one, between its two `<!-- results -->
 
     python tests/benchmarks/readme.py
 
-A line is `path  lines  text`; a folder's lines are those of its Python files. The order and texts stay as they were
-written. A file that the map lacks joins at the end with the first sentence of its docstring, one that is gone leaves.
+A line is `path  lines  text`, in the order of the names. A text stays as it was written; a file that the map lacks joins
+with the first sentence of its docstring, one that is gone leaves.
 """
 
 import ast
@@ -25,8 +25,7 @@ def package():
 
 
 def count(path):
-    files = ROOT.glob(f"{path}/**/*.py") if (ROOT / path).is_dir() else [ROOT / path]
-    return sum(len(f.read_text(encoding="utf-8").splitlines()) for f in files)
+    return len((ROOT / path).read_text(encoding="utf-8").splitlines())
 
 
 def sentence(path):
@@ -38,10 +37,9 @@ def rewrite(text):
     """README's text with the map of this moment. Raises ValueError where the two markers are missing."""
     before, block, after = text.split(MARK)
     entries = dict(match.groups() for match in map(LINE.match, block.splitlines()) if match)
-    entries = {path: words for path, words in entries.items() if (ROOT / path).exists()}
-    entries = entries | {path: sentence(path) for path in package() if path not in entries}
+    entries = {path: entries.get(path) or sentence(path) for path in package()}
     width = max(map(len, entries))
-    lines = [f"{path:{width}}  {count(path):5}  {words or ''}".rstrip() for path, words in entries.items()]
+    lines = [f"{path:{width}}  {count(path):5}  {words}".rstrip() for path, words in entries.items()]
     return MARK.join([before, "\n".join(["```", *lines, "```", ""]), after])
 
 
