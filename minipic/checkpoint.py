@@ -20,8 +20,8 @@ from minipic.common import InputError
 from minipic.weights import flush, save_weights, sha256, write_json
 
 # Settings that a resumed run may change: they decide how long, where and on what, not what is trained.
-FREE = ("steps", "scenes", "out", "save", "resume", "accumulate", "checkpointing", "fsdp", "save_every", "keep", "sample_every",
-        "log_every")
+FREE = ("steps", "scenes", "cache", "out", "save", "resume", "accumulate", "checkpointing", "fsdp", "save_every",
+        "keep", "sample_every", "log_every")
 
 
 def whole(tensor):

@@ -174,7 +174,7 @@ def replacing(path, size=0):
     An error, a full disk say, or a kill leaves the old `path` as it was. `size`: bytes needed, for the message.
     """
     path = Path(path)
-    temporary = path.with_name(f"part-{path.name}")  # the ending tells Pillow the format
+    temporary = path.with_name(f"part-{os.getpid()}-{path.name}")  # the ending tells Pillow the format
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()

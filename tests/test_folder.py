@@ -1,6 +1,7 @@
 """Training on a folder of pictures: what is found, what is refused, and a LoRA from it that sample.py draws with."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from minipic.common import InputError
 from minipic.folder import Photo, buckets, fit, read_folder
 from minipic.image import open_picture, to_tensor
 from minipic.methods import t2i
+from minipic.models.vae import VAE
 from minipic.pipeline import Pipeline
 from minipic.weights import read_weights
 
@@ -130,3 +132,105 @@ def test_bad_pictures_stop_training_with_exit_code_2(folder, tmp_path, capsys):
     assert train.main([*flags, "--bad-images", "skip"]) == 0
     assert train.main([*flags, "--from-nothing"]) == 2
     assert "leave out --from-nothing" in capsys.readouterr().err
+
+
+# --cache ----------------------------------------------------------------------------------------------------------
+
+def counted(monkeypatch):
+    """A list that grows by each size the VAE encodes and each list of texts that is encoded from now on."""
+    made, encode_image, encode_text = [], VAE.encode, t2i.encode
+    monkeypatch.setattr(VAE, "encode", lambda vae, x: made.append(tuple(x.shape)) or encode_image(vae, x))
+    monkeypatch.setattr(t2i, "encode", lambda texts, *towers: made.append(texts) or encode_text(texts, *towers))
+    return made
+
+
+RECIPES = {
+    "t2i": ("--lora-rank", "2"), "inversion": ("--word", "one", "--like", "cyan"),
+    "dreambooth": ("--lora-rank", "2", "--caption", "a sks cube", "--prior", "a cube", "--prior-pictures", "2")}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_with_the_cache_training_is_the_same_bits(name, folder, tmp_path, monkeypatch):
+    if name == "inversion":
+        (folder / "a.txt").write_text("one cube")
+    made, read, cache = counted(monkeypatch), [], ["--cache", str(tmp_path / "kept")]
+    for run, flags in (("plain", []), ("cold", cache), ("warm", cache)):
+        if run != "plain" and name == "dreambooth":  # the class's pictures, drawn before any training
+            shutil.copytree(tmp_path / "plain/prior", tmp_path / run / "prior")
+        made.clear()
+        assert train.main([name, "--data", str(folder), "--model", str(tiny.folder()), "--steps", "1", "--batch", "2",
+                           "--sample-every", "0", "--ema", "0", "--warmup", "0", "--drop", "0.5", "--out",
+                           str(tmp_path / run), *RECIPES[name], *flags]) == 0
+        files = (tmp_path / run / "model").glob("*.safetensors")
+        read.append({(path.name, key): x for path in files for key, x in read_weights(path).items()})
+        assert sum(isinstance(x, tuple) for x in made) == (0 if run == "warm" else 5 if name == "dreambooth" else 3)
+        assert name == "inversion" or bool(made) == (run != "warm")  # whose texts change as it learns
+    plain, *others = read
+    assert plain and all(plain.keys() == other.keys() and all(torch.equal(x, other[key]) for key, x in plain.items())
+               for other in others)
+
+
+def test_what_has_changed_is_encoded_anew(folder, tmp_path, monkeypatch):
+    pipeline, made = tiny.build(), counted(monkeypatch)
+
+    def found(**settings):
+        made.clear()
+        config = t2i.Recipe(data=str(folder), cache=str(tmp_path / "kept"), drop=0.0, **settings)
+        batch, kept = t2i.data(pipeline, config), made.copy()
+        fresh = t2i.data(pipeline, t2i.Recipe(data=str(folder), drop=0.0, **settings))
+        for step in range(4):
+            known, wanted = batch(step, range(3)), fresh(step, range(3))
+            assert all(torch.equal(known[key], x) for key, x in wanted.items() if torch.is_tensor(x))
+        return [x if isinstance(x, list) else x[2:] for x in kept]
+
+    assert len(found()) == 3 + 5 and found() == []
+    picture(folder / "a.png", 65, 65)
+    assert found() == [(64, 64)]
+    (folder / "b.txt").write_text("a blue torus")
+    assert found() == [["a blue torus"]]
+    assert len(found(side=80)) == 3 and found() == []
+    with torch.no_grad():
+        pipeline.vae.encoder.conv_in.weight.view(-1)[7] += 1e-3
+    assert len(found()) == 3 and found() == []
+    with torch.no_grad():
+        pipeline.text_encoder_2.text_projection.weight.view(-1)[7] += 1e-3
+    assert len(found()) == 5 and found() == []
+    pipeline.tokenizer.pad = 3
+    assert len(found()) == 5 and found() == []
+    pipeline.vae.to(torch.bfloat16)
+    assert len(found()) == 3 and found() == []
+
+
+def test_a_damaged_cache_is_named_and_made_anew(folder, tmp_path, monkeypatch, capsys):
+    pipeline, made = tiny.build(), counted(monkeypatch)
+    config = t2i.Recipe(data=str(folder), cache=str(tmp_path / "kept"))
+    right = t2i.data(pipeline, config)(0, range(8))
+    cut, bent, swapped, other, *_ = files = sorted((tmp_path / "kept").iterdir())
+    assert len(files) == 8 and {path.suffix for path in files} == {".safetensors"}
+    cut.write_bytes(cut.read_bytes()[:-9])
+    bytes_ = bytearray(bent.read_bytes())
+    bytes_[-5] ^= 1
+    bent.write_bytes(bytes_)
+    swapped.write_bytes(other.read_bytes())
+    made.clear(), capsys.readouterr()
+    again = t2i.data(pipeline, config)(0, range(8))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "--cache" in line]
+    assert len(made) == len(lines) == 3
+    for path, words in ((cut, "truncated"), (bent, "not match its sha256"), (swapped, "not match its sha256")):
+        assert any(str(path) in line and words in line and "making it anew" in line for line in lines)
+    assert all(torch.equal(again[key], x) for key, x in right.items() if torch.is_tensor(x))
+    made.clear()
+    t2i.data(pipeline, config)
+    assert made == []
+
+
+def test_a_cache_that_cannot_be_is_refused(folder, tmp_path, capsys):
+    flags = ["t2i", "--model", str(tiny.folder()), "--steps", "1", "--out", str(tmp_path / "run")]
+    assert train.main([*flags, "--cache", str(tmp_path / "kept")]) == 2
+    assert "kept: must be a folder, for what is encoded of --data; give both" in capsys.readouterr().err
+    (tmp_path / "file").write_text("x")
+    assert train.main([*flags, "--data", str(folder), "--cache", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err == (
+        f"train.py: --cache {tmp_path / 'file'}: must be a folder, for what is encoded of --data; give both\n")
+    assert train.main([*flags, "--data", str(folder), "--cache", str(tmp_path / "file" / "kept")]) == 2
+    assert f"{tmp_path / 'file' / 'kept'}" in (error := capsys.readouterr().err) and "cannot write" in error

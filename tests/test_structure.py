@@ -15,7 +15,7 @@ import readme  # noqa: E402
 FLOORS = [  # a room imports only from floors below its own, and from itself
     ["common", "keys"],
     ["layers", "diffusion", "image", "weights"],
-    ["models", "world", "text", "embedding", "checkpoint"],
+    ["models", "world", "text", "embedding", "checkpoint", "cache"],
     ["layouts"],
     ["adapters"],
     ["pipeline", "training", "data", "folder"],

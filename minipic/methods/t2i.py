@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from minipic.cache import Cache
 from minipic.common import InputError, option, random
 from minipic.data import compose
 from minipic.diffusion.schedule import Schedule
-from minipic.folder import read_folder
+from minipic.folder import Photo, read_folder
 from minipic.image import labelled_grid
 from minipic.layers import lora
 from minipic.layouts import load_part, open_part
@@ -45,6 +46,7 @@ class Photos(Base):
     data: str = option("", "folder of pictures with .txt captions or metadata.jsonl; empty: the world")
     caption: str = option("", "caption of the pictures of --data that have none")
     side: int = option(0, "buckets have the area of a square of this side in pixels; 0: the model's own")
+    cache: str = option("", "folder that keeps the pictures and captions of --data encoded, for the next run too")
     bad_images: str = option("error", "what to do about pictures of --data that cannot be used", ("error", "skip"))
     precision: str = option("bf16", "arithmetic of the forward pass; weights stay as they are", ("fp32", "bf16"))
     min_snr: float = option(0.0, "largest weight of a noise level, in signal-to-noise ratio; 0 weighs all alike")
@@ -54,6 +56,8 @@ class Photos(Base):
         super().__post_init__()
         if self.side < 0:
             raise InputError(f"--side must be at least 0, not {self.side}")
+        if self.cache and (not self.data or Path(self.cache).is_file()):
+            raise InputError(f"--cache {self.cache}: must be a folder, for what is encoded of --data; give both")
 
 
 @dataclass
@@ -121,14 +125,15 @@ def data(pipeline, config):
     """See `batches`; on the world, or on the pictures of --data."""
     pictures = pictures_of(pipeline, config)
     pipeline.prompts = captions_of(pictures)[:4] if config.data else PROMPTS
-    texts = {} if config.train_text or not config.data else encode_texts(pipeline, pictures)
+    texts = {} if config.train_text or not config.data else encode_texts(pipeline, pictures, config.cache)
     return batches(pipeline, pictures, texts, config)
 
 
 def batches(pipeline, pictures, texts, config):
     """Batches of latents of one bucket: x0 and noise [B,4,h,w], t [B], size_ids [B,6], captions (None: left out), rows,
     which of `pictures` they are of, and context [B,N,D] and pooled [B,D] where `texts` has them, see encode_texts."""
-    latents = encode_pictures(pipeline.vae, pictures)
+    photos = isinstance(pictures[0], Photo)
+    latents = encode_photos(pipeline.vae, pictures, config.cache) if photos else encode_pictures(pipeline.vae, pictures)
     buckets = list({picture.size: None for picture in pictures})
     members = [[i for i, picture in enumerate(pictures) if picture.size == size] for size in buckets]
     share = torch.tensor([float(len(rows)) for rows in members])
@@ -167,10 +172,20 @@ def captions_of(photos):
 
 
 @torch.no_grad()
-def encode_texts(pipeline, pictures):
-    """{text: (context [N,D], pooled [D])} of all captions, of "" and of None."""
+def encode_texts(pipeline, pictures, cache=""):
+    """{text: (context [N,D], pooled [D])} of all captions, of "" and of None. `cache`: a folder, see Cache."""
     texts = tqdm({None, "", *(picture.text for picture in pictures)}, "texts", leave=False, mininterval=2)
-    return {text: [x[0].cpu() for x in encode_batch(pipeline, [text], False) if x is not None] for text in texts}
+    kept = Cache(cache, *pipeline.encoders.values())
+    return {text: kept(lambda: [x[0].cpu() for x in encode_batch(pipeline, [text], False) if x is not None],
+                       pipeline.sdxl, pipeline.device.type, text is None,
+                       *(tokenizer([text or ""]) for tokenizer, _ in pipeline.towers)) for text in texts}
+
+
+def encode_photos(vae, photos, cache=""):
+    """encode_pictures one at a time, for they may be large, and neither others nor the `cache` change any bit."""
+    kept, device = Cache(cache, vae), next(vae.parameters()).device.type
+    return [kept(lambda: encode_pictures(vae, [photo]), device, photo.size, photo.path)[0]
+            for photo in tqdm(photos, "latents", leave=False, mininterval=2)]
 
 
 @torch.no_grad()
@@ -178,7 +193,7 @@ def encode_pictures(vae, pictures, chunk=64):
     """Scaled latents of all pictures: a list of [2,4,h,w], mean and standard deviation, in 16 bits."""
     latents, device = [None] * len(pictures), next(vae.parameters()).device
     order = sorted(range(len(pictures)), key=lambda i: pictures[i].size)
-    for start in tqdm(range(0, len(order), chunk), "latents", leave=False, mininterval=2):
+    for start in tqdm(range(0, len(order), chunk), "latents", disable=len(order) == 1, leave=False, mininterval=2):
         rows = order[start:start + chunk]
         for size in {pictures[i].size for i in rows}:
             same = [i for i in rows if pictures[i].size == size]
