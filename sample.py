@@ -52,7 +52,7 @@ class Settings:
     lora: tuple[str, ...] = option((), "LoRA file, or FILE:SCALE; give the flag once for each")
     embedding: tuple[str, ...] = option((), "textual inversion file, or FILE:WORD; give the flag once for each")
     lora_allow_partial: bool = option(False, "use a LoRA although some of its tensors fit no layer of this model")
-    controlnet: str = option(None, "a ControlNet's folder; it makes the picture follow --control")
+    controlnet: str = option(None, "a ControlNet's folder or file; it makes the picture follow --control")
     control: str = option(None, "picture of edges, depth or whatever the ControlNet was trained on")
     control_scale: float = option(1.0, "how closely to follow --control; 1 is as trained, 0 is off")
     original_size: str = option(None, "WIDTHxHEIGHT that SDXL is told the training picture had; --size if left out")

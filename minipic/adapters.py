@@ -82,13 +82,11 @@ class Adapters(nn.Module):
         self.texts.clear()
 
     def add_control(self, path):
-        """Add the ControlNet of a diffusers folder, for the `control` pictures of `steps`; it takes the place of an
-        earlier one. Raises InputError naming the folder and what does not fit this model."""
+        """Add the ControlNet of a diffusers folder or a file, for the `control` pictures of `steps`; it takes the place
+        of an earlier one. Raises InputError naming the path and what does not fit this model."""
         like = next(self.unet.parameters())
         dtype, device = self.lazy["unet"][1:] if self.lazy else (like.dtype, like.device)
-        part = open_controlnet(path, half=dtype != torch.float32)
-        if misfit := part.config.misfit(self.unet.config, self.vae.config.factor):
-            raise InputError(f"--controlnet {path}: {misfit}; use a ControlNet that was made for this model")
+        part = open_controlnet(path, self.unet.config, self.vae.config.factor, dtype != torch.float32)
         if self.lazy:
             self.lazy["controlnet"] = part, dtype, device
         self.controlnet = blank(part.model, part.config) if self.lazy else load_part(part, dtype, device)

@@ -24,6 +24,12 @@ UNET_ENDS = {
 UNET_RESNET = {
     "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
     "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
+CONTROLNET = {
+    "input_hint_block.0": "controlnet_cond_embedding.conv_in",
+    "input_hint_block.14": "controlnet_cond_embedding.conv_out",
+    **{f"input_hint_block.{2 * i + 2}": f"controlnet_cond_embedding.blocks.{i}" for i in range(6)},
+    **{f"zero_convs.{i}.0": f"controlnet_down_blocks.{i}" for i in range(12)},
+    "middle_block_out.0": "controlnet_mid_block"}
 UNET_MIDDLE = ("resnets.0", "attentions.0", "resnets.1")
 VAE_ATTENTION = {
     "norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0",  # LDM
@@ -70,6 +76,11 @@ def unet_name(name):
         return f"{block}.upsamplers.0.{inner}"
     part = {"0": "resnets", "1": "attentions"}.get(slot)
     return f"{block}.{part}.{layer}.{swap_start(inner, UNET_RESNET)}" if part else name
+
+
+def controlnet(name, tensor):
+    """A ControlNet in the LDM layout, without `control_model.`, or in diffusers'."""
+    return unet(swap_start(name, CONTROLNET), tensor)
 
 
 def sgm_name(name):
@@ -154,7 +165,9 @@ def lora_modules(part, names):
 
 FOREIGN = (  # what it is, and a pattern that some tensor's name contains
     ("a LoRA", r"lora_(up|down|A|B)\b|lora(_linear_layer)?\.(up|down)\.|^lora_(unet|te)|hada_w1|lokr_w1|dora_scale"),
-    ("a ControlNet", r"^control_model\.|controlnet_(cond_embedding|down_blocks|mid_block)|^lora_controlnet"),
+    ("a Control-LoRA", r"^lora_controlnet"),
+    ("a union ControlNet", r"(^|\.)(task_embedding$|control_add_embedding\.)"),
+    ("a ControlNet", r"^control_model\.|controlnet_(cond_embedding|down_blocks|mid_block)|^input_hint_block\."),
     ("an IP-Adapter", r"^(image_proj|ip_adapter)\."),
     ("a textual inversion", r"^(clip_[lg]|emb_params|string_to_param)$"),
     ("a Flux model", r"(^|\.)(double_blocks|single_blocks|single_transformer_blocks)\."),

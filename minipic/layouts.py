@@ -60,6 +60,7 @@ SDXL_SCHEDULER = {
     "beta_schedule": "scaled_linear", "prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 1}
 UNET = Part(UNet, SDXL_BASE, prefix="model.diffusion_model.", convert=keys.unet)
 FIRST_STAGE = Part(VAE, SDXL_VAE, prefix="first_stage_model.", convert=keys.vae)
+CONTROL = "control_model."  # begins a ControlNet's names in the LDM layout
 FLOATS = ("F32", "F16", "BF16")  # how weights are stored; integer tensors of official files are all ignored ones
 SINGLE_FILES = {  # what a single file holds, which says nothing of its configs: (parts, index, scheduler)
     "sdxl": ({
@@ -198,14 +199,26 @@ def open_vae(path, config=SDXL_VAE):
     return checked(Part(VAE, config, {path: own(entries, prefix)}, prefix, keys.vae))
 
 
-def open_controlnet(path, half=False):
-    """A ControlNet: a diffusers folder with its config.json."""
+def open_controlnet(path, unet, factor, half=False):
+    """A ControlNet for a UNet with the config `unet` and a VAE of `factor`: a diffusers folder, or a file in LDM or
+    diffusers names."""
     path = Path(path)
     if path.is_file():
-        raise InputError(f"{path} is one file ({look(path)[1]}); expected a ControlNet's folder with its config.json")
-    if (path / "model_index.json").exists():
+        entries, what = look(path)
+        if what != "a ControlNet" or "shuffle" in path.stem:  # only its config or its name would tell
+            what = "one that averages over the picture, which is not supported" if what == "a ControlNet" else what
+            raise InputError(f"--controlnet {path} is {what}; expected an ordinary ControlNet")
+        prefix = CONTROL if any(name.startswith(CONTROL) for name in entries) else ""
+        entries = own(entries, prefix)
+        shapes = {keys.controlnet(name[len(prefix):], None)[0][0]: entry.shape for name, entry in entries.items()}
+        part = Part(ControlNet, ControlNetConfig.told(shapes, unet), {path: entries}, prefix, keys.controlnet)
+    elif (path / "model_index.json").exists():
         raise InputError(f"{path} is a whole model; expected a ControlNet's folder")
-    return open_part(path, "controlnet", half)
+    else:
+        part = open_part(path, "controlnet", half)
+    if misfit := part.config.misfit(unet, factor):
+        raise InputError(f"--controlnet {path}: {misfit}; use a ControlNet that was made for this model")
+    return checked(part) if path.is_file() else part
 
 
 def checked(part):

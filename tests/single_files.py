@@ -49,6 +49,20 @@ def sgm_unet(state, config):
     return out
 
 
+def ldm_controlnet(state, config):
+    """The names of SD 1.5's official ControlNets for one that belongs to a UNet with `config`."""
+    hint = [f"controlnet_cond_embedding.{slot}" for slot in ("conv_in", *(f"blocks.{i}" for i in range(6)), "conv_out")]
+    starts = {old: f"input_hint_block.{2 * i}" for i, old in enumerate(hint)} | {
+        f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(12)} | {
+        "controlnet_mid_block": "middle_block_out.0"}
+    own = {name: x for name, x in state.items() if name.startswith("controlnet_")}
+    out = sgm_unet({name: x for name, x in state.items() if name not in own}, config)
+    for name, x in own.items():
+        start, _, end = name.rpartition(".")
+        out[f"{starts[start]}.{end}"] = x
+    return {f"control_model.{name}": x for name, x in out.items()}
+
+
 def ldm_vae(state, levels=4):
     """diffusers names -> LDM names, attention matrices -> 1x1 convolutions."""
     starts = {"encoder.conv_norm_out": "encoder.norm_out", "decoder.conv_norm_out": "decoder.norm_out"}

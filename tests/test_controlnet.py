@@ -7,6 +7,8 @@ import peers
 import pytest
 import tiny
 import torch
+from single_files import ldm_controlnet
+from single_files import tiny as small
 from test_pipeline import assert_same, final, mine, peer, picture
 from torch import nn
 
@@ -17,7 +19,7 @@ from minipic.image import open_picture
 from minipic.layouts import Uninitialised, load_part, open_controlnet, open_model, save_part
 from minipic.methods import controlnet, t2i
 from minipic.models.controlnet import ControlNet, ControlNetConfig
-from minipic.models.unet import SD15, UNet
+from minipic.models.unet import SD15, SDXL_BASE, UNet
 from minipic.pipeline import Pipeline
 from minipic.weights import read_weights, save_weights
 from minipic.world.tasks import TASKS
@@ -164,7 +166,7 @@ def folders(tmp_path_factory):
 
 def test_files_come_back_and_diffusers_reads_them(folders):
     ControlNetModel = pytest.importorskip("diffusers").ControlNetModel
-    found, written = (load_part(open_controlnet(folders["sdxl"])).state_dict(),
+    found, written = (controlled(folders["sdxl"]).controlnet.state_dict(),
                       read_weights(folders["sdxl"] / "diffusion_pytorch_model.safetensors"))
     other = ControlNetModel.from_pretrained(folders["sdxl"]).state_dict()
     assert found.keys() == written.keys() == other.keys()
@@ -180,7 +182,14 @@ def controlled(folder, model=None, **load):
 
 WRONG = {
     "nowhere": (lambda folder: folder / "nowhere", "nowhere.*cannot read it"),
-    "file": (lambda folder: folder / "diffusion_pytorch_model.safetensors", r"is one file \(a ControlNet\); expected"),
+    "file of sd15": (lambda folder: weights(folder.with_name("sd15")), r"has block_out_channels=\(16, 32\) and"),
+    "wrong file": (lambda folder: weights(tiny.folder() / "unet"), "is a UNet alone; expected an ordinary ControlNet"),
+    "lost of file": (lambda folder: weights(rewritten(folder, lose="controlnet_mid_block.bias")), "1 missing .contr"),
+    "lost width": (lambda folder: weights(rewritten(folder, lose="down_blocks.1.resnets.0.conv1.bias")), "=.16, 0, 3"),
+    "lost hint": (lambda folder: weights(rewritten(folder, lose="controlnet_cond_embedding.conv_in.bias")), "1 mis"),
+    "one tensor": (lambda folder: weights(rewritten(folder, keep="controlnet_mid_block.bias")), r"=\(\) and the UNet"),
+    "half a file": (lambda folder: weights(rewritten(folder, cut=1000)), "is truncated"),
+    "shuffle": (lambda folder: weights(folder).rename(folder / "a_shuffle.safetensors"), "one that averages over"),
     "model": (lambda folder: tiny.folder(), "is a whole model; expected a ControlNet"),
     "unet": (lambda folder: tiny.folder() / "unet", "describes a UNet2DConditionModel; expected a ControlNetModel"),
     "of sd15": (lambda folder: folder.with_name("sd15"), r"has block_out_channels=\(16, 32\) and the UNet \(16, 32, "),
@@ -190,13 +199,18 @@ WRONG = {
 }
 
 
-def rewritten(folder, model=None, lose=None, cut=None):
-    """The folder with another ControlNet, without a tensor, or with its weights cut off."""
+def weights(folder):
+    return folder / "diffusion_pytorch_model.safetensors"
+
+
+def rewritten(folder, model=None, lose=None, keep=None, cut=None):
+    """The folder with another ControlNet, without a tensor, with one alone, or with its weights cut off."""
     path = folder / "diffusion_pytorch_model.safetensors"
     if model:
         save_part(model, folder)
-    if lose:
-        save_weights({name: x for name, x in read_weights(path).items() if name != lose}, path)
+    if lose or keep:
+        found = read_weights(path)
+        save_weights({name: x for name, x in found.items() if name == keep or (lose and name != lose)}, path)
     if cut:
         path.write_bytes(path.read_bytes()[:-cut])
     return folder
@@ -210,6 +224,41 @@ def test_what_is_no_control_net_for_this_model_is_refused(case, tmp_path):
     with pytest.raises(InputError, match=words) as error:
         controlled(damage(tmp_path / "sdxl"), lazy=True)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_config_is_told_from_full_size_shapes(size):
+    config, unet = SIZES[size][0], SD15 if size == "sd15" else SDXL_BASE
+    table = meta(lambda: ControlNet(config)).state_dict()
+    found = ControlNetConfig.told({name: tuple(x.shape) for name, x in table.items()}, unet)
+    assert peers.key_table(meta(lambda: ControlNet(found))) == peers.key_table(meta(lambda: ControlNet(config)))
+    assert found.per_level(found.attention_head_dim) == config.per_level(config.attention_head_dim)
+    assert replace(found, transformer_layers_per_block=config.transformer_layers_per_block,
+                   use_linear_projection=config.use_linear_projection) == config and found.misfit(unet, 8) is None
+
+
+@pytest.mark.parametrize("prefix", ["control_model.", ""])
+@pytest.mark.parametrize("family", ["sdxl", "sd15"])
+def test_a_single_file_in_ldm_names_is_the_same_network(family, prefix, tmp_path):
+    unet, path = UNet(small(family)[0]["unet"].config), tmp_path / "control.safetensors"
+    model = ControlNet.from_unet(unet)
+    for p in model.parameters():
+        p.data.normal_()
+    named = ldm_controlnet({name: x.half() for name, x in model.state_dict().items()}, unet.config)
+    save_weights({prefix + name.removeprefix("control_model."): x for name, x in named.items()}, path)
+    part = open_controlnet(path, unet.config, 8)
+    found = load_part(part, torch.float32)
+    assert all(torch.equal(found.state_dict()[name], x.half().float()) for name, x in model.state_dict().items())
+    told = replace(part.config, transformer_layers_per_block=model.config.transformer_layers_per_block)
+    assert told == replace(model.config, down_block_types=told.down_block_types)
+
+
+def test_a_file_of_diffusers_names_draws_as_its_folder(folders, tmp_path):
+    for kind, folder in folders.items():
+        file = tmp_path / f"{kind}.safetensors"
+        file.write_bytes(weights(folder).read_bytes())
+        expected = final(controlled(folder, tiny.folder(kind)), steps=2, control=picture(1))
+        assert torch.equal(final(controlled(file, tiny.folder(kind)), steps=2, control=picture(1)), expected)
 
 
 def test_a_control_net_is_no_model(folders):

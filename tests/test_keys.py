@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from single_files import ldm_vae, networks, old_vae, openclip, sgm_unet, single_file, tiny
+from single_files import ldm_controlnet, ldm_vae, networks, old_vae, openclip, sgm_unet, single_file, tiny
 
 from minipic import keys, layouts
 from minipic.models.clip import CLIPText, CLIPTextConfig
+from minipic.models.controlnet import ControlNet
 from minipic.models.unet import UNetConfig
 from minipic.models.vae import VAEConfig
 
@@ -125,6 +126,22 @@ def test_diffusers_converts_alike(family):
         assert equal(theirs, converted(parts["text_encoder_2"], whole))
 
 
+@pytest.mark.parametrize("family", ["sdxl", "sd15"])
+def test_a_control_net_in_both_spellings_and_as_diffusers_converts_it(family):
+    unet = networks({"unet": tiny(family)[0]["unet"]}, torch.float32)["unet"]
+    model = ControlNet.from_unet(unet)
+    state = {name: torch.randn_like(x) for name, x in model.state_dict().items()}
+    whole = ldm_controlnet(state, unet.config)
+    part = layouts.Part(None, None, prefix="control_model.", convert=keys.controlnet)
+    assert equal(converted(part, whole), state)
+    assert equal(converted(layouts.Part(None, None, convert=keys.controlnet), state), state)
+    peer = pytest.importorskip("diffusers.loaders.single_file_utils")
+    theirs = peer.convert_controlnet_checkpoint(dict(whole), model.config.to_json())
+    if family == "sdxl":  # whose added embedding diffusers does not look for
+        state = {name: x for name, x in state.items() if not name.startswith("add_embedding.")}
+    assert equal(theirs, state)
+
+
 def test_openclip_pools_as_its_own_tower():
     """The projection is square, so only values tell which way round it is."""
     golden = load_file(Path(__file__).parent / "goldens" / "openclip.safetensors")
@@ -170,6 +187,9 @@ def unet_file(channels=4, width=2048):
     ({"lora_unet_mid_block.hada_w1_a": (4, 4)}, "a LoRA"),
     ({"control_model.input_hint_block.0.weight": (16, 3, 3, 3)}, "a ControlNet"),
     ({"controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3), "conv_in.weight": (320, 4, 3, 3)}, "a ControlNet"),
+    ({"input_hint_block.0.weight": (16, 3, 3, 3), "time_embed.0.weight": (1280, 320)}, "a ControlNet"),
+    ({"lora_controlnet": (), "input_hint_block.0.weight": (16, 3, 3, 3)}, "a Control-LoRA"),
+    ({"task_embedding": (6, 320), "controlnet_mid_block.bias": (1280,)}, "a union ControlNet"),
     ({"clip_l": (2, 768), "clip_g": (2, 1280)}, "a textual inversion"), ({"<cat>": (1, 768)}, "a textual inversion"),
     ({"model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight": (8, 8)}, "a Stable Diffusion 3 model"),
     ({"double_blocks.0.img_attn.norm.key_norm.scale": (128,)}, "a Flux model"),

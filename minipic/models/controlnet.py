@@ -1,9 +1,10 @@
 """ControlNet: a second encoder that looks at a picture and tells the frozen UNet what to add (arXiv 2302.05543).
 
 hint [B,3,H,W] in 0..1, and what the UNet gets -> residuals for every skip connection and the middle of the UNet.
-Official files for SDXL (full, -mid and -small) and SD 1.5 load unchanged: attribute paths are their keys.
+Official files for SDXL (full, -mid and -small) and SD 1.5 load unchanged: attribute paths are diffusers' keys.
 """
 
+import re
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch.nn as nn
@@ -24,6 +25,26 @@ class ControlNetConfig(EncoderConfig):
         """As EncoderConfig's."""
         return super().from_json(values, where, FIXED | {
             "controlnet_conditioning_channel_order": ("rgb",), "global_pool_conditions": (False,)})
+
+    @classmethod
+    def told(cls, shapes, unet):
+        """The config of a file that has none: its {name: shape} tell what differs from that of its UNet, `unet`."""
+        def count(start):  # how many different numbers follow it
+            return len({name[len(start):].partition(".")[0] for name in shapes if name.startswith(start)})
+
+        def width(name):
+            return (shapes.get(f"{name}.bias") or (0,))[0]
+        levels, hint = range(count("down_blocks.")), "controlnet_cond_embedding."
+        ends = [f"down_blocks.{i}.attentions.0." for i in levels]
+        depths = [count(f"{start}transformer_blocks.") for start in [*ends[:-1], "mid_block.attentions.0."]]
+        heard = [shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight") and len(shape) == 2]
+        return cls(**{f.name: getattr(unet, f.name) for f in fields(EncoderConfig)} | {
+            "block_out_channels": tuple(width(f"down_blocks.{i}.resnets.0.conv1") for i in levels),
+            "down_block_types": tuple(f"{'CrossAttn' * bool(count(start))}DownBlock2D" for start in ends),
+            "transformer_layers_per_block": tuple(depths),
+            "cross_attention_dim": heard[0] if heard else unet.cross_attention_dim,
+            "conditioning_embedding_out_channels": tuple(width(hint + slot) for slot in (
+                "conv_in", *(f"blocks.{i}" for i in range(1, count(hint + "blocks."), 2))))})
 
     def to_json(self):
         return {"_class_name": "ControlNetModel", **asdict(self)}
