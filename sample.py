@@ -52,9 +52,9 @@ class Settings:
     lora: tuple[str, ...] = option((), "LoRA file, or FILE:SCALE; give the flag once for each")
     embedding: tuple[str, ...] = option((), "textual inversion file, or FILE:WORD; give the flag once for each")
     lora_allow_partial: bool = option(False, "use a LoRA although some of its tensors fit no layer of this model")
-    controlnet: str = option(None, "a ControlNet's folder or file; it makes the picture follow --control")
-    control: str = option(None, "picture of edges, depth or whatever the ControlNet was trained on")
-    control_scale: float = option(1.0, "how closely to follow --control; 1 is as trained, 0 is off")
+    controlnet: tuple[str, ...] = option((), "a ControlNet's folder or file; give the flag once for each")
+    control: tuple[str, ...] = option((), "picture to follow, of what the ControlNet was trained on; once for each")
+    control_scale: tuple[float, ...] = option((), "how closely, 1 as trained, 0 off; none, or once for each ControlNet")
     original_size: str = option(None, "WIDTHxHEIGHT that SDXL is told the training picture had; --size if left out")
     crop: str = option("0,0", "LEFT,TOP of the cut that SDXL is told was made from that picture")
     target_size: str = option(None, "WIDTHxHEIGHT that SDXL is told was wanted; --size if left out")
@@ -85,7 +85,8 @@ def read_flags(argv):
     config = from_argv(Settings, argv, "sample.py", ("prompt",))
     if config.from_ is None:
         return config
-    kept, names = read_settings(config.from_), {f.name for f in dataclasses.fields(Settings)} - set(FORGET)
+    given = {key for key, value in vars(config).items() if isinstance(value, tuple) and value}  # would else be added to
+    kept, names = read_settings(config.from_), {f.name for f in dataclasses.fields(Settings)} - set(FORGET) - given
     flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}")
              for key, values in kept.items() if key in names - {"prompt"}
              for value in (values if isinstance(values, list) else [values])
@@ -121,6 +122,17 @@ def add_embeddings(pipeline, config):
     for text in config.embedding:
         path, mark, word = text.partition(".safetensors")
         pipeline.add_embedding(path + mark, word.removeprefix(":") or None)
+
+
+def open_controls(config):
+    """[(picture, scale), ...], one for every --controlnet."""
+    nets, names, scales = config.controlnet, config.control, config.control_scale or (1.0,) * len(config.control)
+    if nets and not names:
+        raise InputError(f"--controlnet {nets[0]}: needs --control, the picture to follow")
+    if nets and not len(nets) == len(names) == len(scales):
+        raise InputError(f"--controlnet is given {len(nets)} times, --control {len(names)} and --control-scale "
+                         f"{len(scales)}; give all equally often, in the same order")
+    return [(open_picture(name), scale) for name, scale in zip(names, scales)]
 
 
 def read_prompts(config):
@@ -177,24 +189,21 @@ def draw(config):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     device, dtype = choose(config, int(os.environ.get("LOCAL_RANK", 0)))
     prompts, (single, together) = read_prompts(config)[rank::world], place(config)
-    image, mask, control = (open_picture(name) if name else None
-                            for name in (config.image, config.mask, config.control))
+    image, mask = (open_picture(name) if name else None for name in (config.image, config.mask))
+    control = open_controls(config)
     load = {"dtype": DTYPES[dtype], "device": device, "lazy": True, "check_hashes": config.verify}
     pipeline = Pipeline.load(config.model, vae=config.vae, **load)
     add_loras(pipeline, config)
     add_embeddings(pipeline, config)
-    if config.controlnet:
-        pipeline.add_control(config.controlnet)
-        if not control:
-            raise InputError(f"--controlnet {config.controlnet}: needs --control, the picture to follow")
+    for path in config.controlnet:
+        pipeline.add_control(path)
     refiner = Pipeline.load(config.refiner, **load) if config.refiner else None
     size, sampler, grid = pipeline.plan(config.steps, config.n, pair(config.size, "size", "x"), config.sampler, image,
-                                        config.strength, mask, control, config.control_scale)
+                                        config.strength, mask, control)
     given = {"negative": config.negative, "steps": config.steps, "guidance": config.guidance, "size": size,
              "sampler": sampler, "image": image, "strength": config.strength, "mask": mask, "refiner": refiner,
-             "control": control, "control_scale": config.control_scale,
-             "original_size": pair(config.original_size, "original-size", "x"), "crop": pair(config.crop, "crop", ","),
-             "target_size": pair(config.target_size, "target-size", "x")}
+             "control": control, "original_size": pair(config.original_size, "original-size", "x"),
+             "crop": pair(config.crop, "crop", ","), "target_size": pair(config.target_size, "target-size", "x")}
     for prompt in prompts:  # all of them, before the text encoders make room for the UNet
         for model in filter(None, (pipeline, refiner)):
             model.encode(prompt, config.negative)

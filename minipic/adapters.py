@@ -1,4 +1,4 @@
-"""What may be added to a model that stays as it is: LoRAs, new words and a ControlNet, each from a file of its own."""
+"""What may be added to a model that stays as it is: LoRAs, new words and ControlNets, each from a file of its own."""
 
 from pathlib import Path
 
@@ -21,7 +21,11 @@ class Adapters(nn.Module):
         super().__init__()
         self.loras = {}  # {name: (scale, {part: {module: (A, B, alpha)}})}
         self.words = {}  # {word: {part: vectors [n,D]}}
-        self.controlnet = None
+
+    @property
+    def controlnets(self):
+        """Names of the ControlNets this model has: "controlnet", "controlnet_2", ... in the order of `add_control`."""
+        return [name for name, _ in self.named_children() if name.startswith("controlnet")]
 
     @property
     def encoders(self):
@@ -82,14 +86,15 @@ class Adapters(nn.Module):
         self.texts.clear()
 
     def add_control(self, path):
-        """Add the ControlNet of a diffusers folder or a file, for the `control` pictures of `steps`; it takes the place
-        of an earlier one. Raises InputError naming the path and what does not fit this model."""
+        """Add the ControlNet of a diffusers folder or a file, beside those that are there, for `steps` to follow a
+        picture with. Raises InputError naming the path and what does not fit this model."""
         like = next(self.unet.parameters())
         dtype, device = self.lazy["unet"][1:] if self.lazy else (like.dtype, like.device)
         part = open_controlnet(path, self.unet.config, self.vae.config.factor, dtype != torch.float32)
+        name = f"controlnet_{len(self.controlnets) + 1}" if self.controlnets else "controlnet"
         if self.lazy:
-            self.lazy["controlnet"] = part, dtype, device
-        self.controlnet = blank(part.model, part.config) if self.lazy else load_part(part, dtype, device)
+            self.lazy[name] = part, dtype, device
+        setattr(self, name, blank(part.model, part.config) if self.lazy else load_part(part, dtype, device))
 
     def apply_added(self, part):
         """Add again what was added to a part that has just been read from disk."""

@@ -137,7 +137,7 @@ class Pipeline(Adapters):
     @torch.no_grad()
     def steps(self, prompt, negative=None, steps=30, guidance=5.0, seed=0, n=1, size=None, sampler=None, image=None,
               strength=0.75, mask=None, original_size=None, crop=(0, 0), target_size=None, rescale=0.0,
-              refiner=None, handover=0.8, control=None, control_scale=1.0):
+              refiner=None, handover=0.8, control=()):
         """Yield (x_t, predicted x0), each [n,4,h,w], after every step; `decode` makes pictures of either.
 
         guidance: 1 or less is off (Turbo); rescale: see diffusion/guidance.py. size: (width, height), multiples of 8.
@@ -145,10 +145,10 @@ class Pipeline(Adapters):
         the higher `strength` (0 to 1); mask: a PIL picture of the same size, white where to draw and black where to
         keep `image`. original_size, crop (left, top) and target_size are SDXL's micro-conditioning: the picture is
         drawn as if cut out of one of that size. refiner: a Pipeline that takes the last 1 - handover of the schedule.
-        control: a PIL picture of edges, depth or the like for the ControlNet to follow, see `add_control`;
-        control_scale: how closely, 1 as trained, 0 not at all.
+        control: for each ControlNet, in the order of `add_control`, a PIL picture of edges, depth or the like to follow
+        and how closely, 1 as trained, 0 not at all: [(picture, scale), ...].
         """
-        size, sampler, grid = self.plan(steps, n, size, sampler, image, strength, mask, control, control_scale)
+        size, sampler, grid = self.plan(steps, n, size, sampler, image, strength, mask, control)
         text, factor, objective = self.encode(prompt, negative), self.vae.config.factor, self.schedule.objective
         generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]  # on the CPU: equal on every device
         shape = (self.unet.config.in_channels, size[1] // factor, size[0] // factor)
@@ -171,9 +171,9 @@ class Pipeline(Adapters):
             pipeline.free(*TOKENIZERS)
         for pipeline, grid, text in stages:
             sizes = original_size or size, crop, target_size or size
-            follow = control and control_scale and pipeline is self
-            hint = (to_tensor(cover(control, size))[None] + 1) / 2 if follow else None
-            predict = pipeline.predictor(*text, sizes, n, guidance, rescale, hint, control_scale)
+            follow = [(name, (to_tensor(cover(picture, size))[None] + 1) / 2, scale)
+                      for name, (picture, scale) in zip(self.controlnets, control) if scale and pipeline is self]
+            predict = pipeline.predictor(*text, sizes, n, guidance, rescale, follow)
             denoise = pipeline.schedule.objective.denoiser(predict, grid)
             drawing = SAMPLERS[sampler](denoise, x, grid.sigmas, noise)
             if mask:
@@ -181,10 +181,9 @@ class Pipeline(Adapters):
             for i, (x, x0) in enumerate(drawing):
                 yield objective.scaled(x, grid.sigmas[i + 1]), x0
             if refiner:
-                pipeline.free("unet", "controlnet")
+                pipeline.free("unet", *pipeline.controlnets)
 
-    def plan(self, steps=30, n=1, size=None, sampler=None, image=None, strength=0.75, mask=None, control=None,
-             control_scale=1.0):
+    def plan(self, steps=30, n=1, size=None, sampler=None, image=None, strength=0.75, mask=None, control=()):
         """(size, sampler, Grid) of a drawing; InputError, naming sample.py's flag, for what cannot be drawn."""
         if sampler is not None and sampler not in SAMPLERS:
             raise InputError(f"--sampler {sampler}: unknown; choose one of {', '.join(SAMPLERS)}")
@@ -195,25 +194,28 @@ class Pipeline(Adapters):
         if mask and mask.size != image.size:
             raise InputError("--mask has {}x{} pixels and --image {}x{}; make both the same size".format(
                 *mask.size, *image.size))
-        if control and not self.controlnet:
+        if control and not self.controlnets:
             raise InputError("--control: needs --controlnet, the ControlNet that was trained on such pictures")
-        if not 0 <= control_scale < math.inf:
-            raise InputError(f"--control-scale {control_scale}: choose 0 (off) to about 2; 1 is as trained")
+        if control and len(control) != len(self.controlnets):
+            raise InputError(f"--control: {len(control)} for {len(self.controlnets)} ControlNets; give one for each")
+        for _, scale in control:
+            if not 0 <= scale < math.inf:
+                raise InputError(f"--control-scale {scale}: choose 0 (off) to about 2; 1 is as trained")
         if size is None:
-            shown = image or control
+            shown = image or (control[0][0] if control else None)
             size = tuple(side // 8 * 8 for side in shown.size) if shown else self.size
         if any(side < 8 or side % 8 for side in size):
             raise InputError(f"--size {'x'.join(map(str, size))}: width and height must be multiples of 8, at least 8")
         grid = self.schedule.grid(steps, sampler)
         return size, sampler or self.schedule.sampler, grid.strength(strength) if image else grid
 
-    def predictor(self, cond, uncond, sizes, n, guidance, rescale=0.0, hint=None, scale=1.0):
+    def predictor(self, cond, uncond, sizes, n, guidance, rescale=0.0, follow=()):
         """The network with text and guidance inside: a function predict(x, t).
 
         cond, uncond: Conditionings of a row a prompt, drawn n times each; sizes: (original, crop, target). Guidance
-        runs both in one batch. hint [1,3,H,W] and scale: what the ControlNet follows, and how much.
+        runs both in one batch. follow: [(ControlNet's name, hint [1,3,H,W], scale), ...]; what they say is added.
         """
-        self.fetch("unet")
+        self.fetch("unet", *(name for name, *_ in follow))
         guided, like = guidance > 1, next(self.unet.parameters())
         rows = [uncond, cond] if guided else [cond]
         context, pooled = (None if x[0] is None else torch.cat(x).to(like).repeat_interleave(n, dim=0)
@@ -222,13 +224,12 @@ class Pipeline(Adapters):
         read = self.unet.read(context)
         ids = self.size_rows(*sizes)[-len(rows):].to(like.device).repeat_interleave(count, dim=0) if self.sdxl else None
 
-        if hint is not None:
-            self.fetch("controlnet")
-            hint, heard = hint.to(like), self.controlnet.read(context)
+        nets = [(net := getattr(self, name), net.read(context), hint.to(like), scale) for name, hint, scale in follow]
 
         def predict(x, t):
             both = torch.cat([x] * len(rows)).to(like.dtype)
-            told = None if hint is None else self.controlnet(both, t, heard, hint, pooled, ids, scale)
+            told = [net(both, t, heard, hint, pooled, ids, scale) for net, heard, hint, scale in nets]
+            told = [sum(residuals) for residuals in zip(*told)] or None
             prediction = self.unet(both, t, read, pooled, ids, told).to(x.dtype)
             if not guided:
                 return prediction

@@ -15,7 +15,7 @@ from torch import nn
 import sample
 import train
 from minipic.common import InputError
-from minipic.image import open_picture
+from minipic.image import open_picture, save_new
 from minipic.layouts import Uninitialised, load_part, open_controlnet, open_model, save_part
 from minipic.methods import controlnet, t2i
 from minipic.models.controlnet import ControlNet, ControlNetConfig
@@ -156,11 +156,15 @@ def test_a_new_one_changes_no_bit_and_learns():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """{kind of model: the folder of a random ControlNet for it}."""
+    """{kind of model: the folder of a random ControlNet for it, ("another", kind): that of another}."""
     found = {}
     for kind in ("sdxl", "sd15"):
-        found[kind] = tmp_path_factory.mktemp(kind)
-        save_part(filled(mine(kind).unet, 4), found[kind])
+        found[kind], found["another", kind] = tmp_path_factory.mktemp(kind), tmp_path_factory.mktemp(kind)
+        model = filled(mine(kind).unet, 4)
+        save_part(model, found[kind])
+        for p in model.parameters():
+            p.data = p.data.roll(1)
+        save_part(model, found["another", kind])
     return found
 
 
@@ -254,11 +258,11 @@ def test_a_single_file_in_ldm_names_is_the_same_network(family, prefix, tmp_path
 
 
 def test_a_file_of_diffusers_names_draws_as_its_folder(folders, tmp_path):
-    for kind, folder in folders.items():
-        file = tmp_path / f"{kind}.safetensors"
+    for kind in ("sdxl", "sd15"):
+        file, folder = tmp_path / f"{kind}.safetensors", folders[kind]
         file.write_bytes(weights(folder).read_bytes())
-        expected = final(controlled(folder, tiny.folder(kind)), steps=2, control=picture(1))
-        assert torch.equal(final(controlled(file, tiny.folder(kind)), steps=2, control=picture(1)), expected)
+        expected = final(controlled(folder, tiny.folder(kind)), steps=2, control=[(picture(1), 1.0)])
+        assert torch.equal(final(controlled(file, tiny.folder(kind)), steps=2, control=[(picture(1), 1.0)]), expected)
 
 
 def test_a_control_net_is_no_model(folders):
@@ -266,10 +270,12 @@ def test_a_control_net_is_no_model(folders):
         open_model(folders["sdxl"])
 
 
-CASES = {"sdxl": ("sdxl", dict(negative=NEGATIVE, control=picture(1), control_scale=0.7)),
-         "size": ("sdxl", dict(control=picture(1).resize((96, 80)), size=(96, 80), guidance=1.0)),
-         "image": ("sdxl", dict(control=picture(1), image=picture(), strength=0.6)),
-         "sd15": ("sd15", dict(negative=NEGATIVE, control=picture(1)))}
+CASES = {"sdxl": ("sdxl", dict(negative=NEGATIVE, control=[(picture(1), 0.7)])),
+         "size": ("sdxl", dict(control=[(picture(1).resize((96, 80)), 1.0)], size=(96, 80), guidance=1.0)),
+         "image": ("sdxl", dict(control=[(picture(1), 1.0)], image=picture(), strength=0.6)),
+         "two": ("sdxl", dict(negative=NEGATIVE, control=[(picture(1), 0.5), (picture(2), 0.7)])),
+         "two in sd15": ("sd15", dict(control=[(picture(1), 1.0), (picture(1), 0.3)])),
+         "sd15": ("sd15", dict(negative=NEGATIVE, control=[(picture(1), 1.0)]))}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -277,33 +283,58 @@ def test_final_latents_equal_diffusers(case, folders):
     diffusers, (kind, settings) = pytest.importorskip("diffusers"), CASES[case]
     name, image = f"StableDiffusion{'XL' * (kind == 'sdxl')}", "image" in settings
     base, _ = peer(f"{name}Pipeline", tiny.folder(kind))
-    control = diffusers.ControlNetModel.from_pretrained(folders[kind])
+    pictures, scales = map(list, zip(*settings["control"]))
+    paths = folders[kind], folders["another", kind]
+    control = [diffusers.ControlNetModel.from_pretrained(path) for path, _ in zip(paths, scales)]
+    one = len(control) == 1
+    control, pictures, scales = (x[0] if one else x for x in (control, pictures, scales))
     pipeline = getattr(diffusers, f"{name}ControlNet{'Img2Img' * image}Pipeline")(**base.components, controlnet=control)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(base.scheduler.config)
-    given = {"image": settings["image"], "control_image": settings["control"], "strength": 0.6} if image else {
-        "image": settings["control"]}
+    given = {"image": settings["image"], "control_image": pictures, "strength": 0.6} if image else {
+        "image": pictures}
     expected = pipeline(
         PROMPT, negative_prompt=settings.get("negative"), guidance_scale=settings.get("guidance", 5.0), **given,
         num_inference_steps=8, num_images_per_prompt=2, output_type="latent",
         generator=[torch.Generator().manual_seed(3 + i) for i in range(2)],
-        controlnet_conditioning_scale=settings.get("control_scale", 1.0)).images
+        controlnet_conditioning_scale=scales).images
     model = controlled(folders[kind], tiny.folder(kind))
+    if not one:
+        model.add_control(folders["another", kind])
     found = final(model, **{"steps": 8, "seed": 3, "n": 2, "sampler": "euler", **settings})
     assert_same(found, expected)
-    assert (found - final(model, **{"steps": 8, "seed": 3, "n": 2, **settings, "control": None})).abs().max() > 0.1
+    assert (found - final(model, **{"steps": 8, "seed": 3, "n": 2, **settings, "control": ()})).abs().max() > 0.1
 
 
 def test_off_is_the_same_bits_and_lazy_is_the_same(folders):
     lazy = controlled(folders["sdxl"], lazy=True)
     plain = final(mine(), steps=2)
-    assert torch.equal(final(lazy, steps=2, control=picture(1), control_scale=0.0), plain)
+    assert torch.equal(final(lazy, steps=2, control=[(picture(1), 0.0)]), plain)
     assert next(lazy.controlnet.parameters()).is_meta
-    whole, found = controlled(folders["sdxl"]), final(lazy, steps=2, control=picture(1))
-    assert torch.equal(found, final(whole, steps=2, control=picture(1))) and not torch.equal(found, plain)
+    whole, found = controlled(folders["sdxl"]), final(lazy, steps=2, control=[(picture(1), 1.0)])
+    assert torch.equal(found, final(whole, steps=2, control=[(picture(1), 1.0)])) and not torch.equal(found, plain)
     half = controlled(folders["sdxl"], dtype=torch.bfloat16)
     assert next(half.controlnet.parameters()).dtype == torch.bfloat16
-    assert (final(half, steps=2, control=picture(1)) - found).std() < 0.1 * found.std()
+    assert (final(half, steps=2, control=[(picture(1), 1.0)]) - found).std() < 0.1 * found.std()
+
+
+def test_several_add_up_and_each_has_its_own_picture_and_scale(folders):
+    first, second = (picture(1), 0.5), (picture(2), 0.7)
+    both, other = controlled(folders["sdxl"]), controlled(folders["another", "sdxl"])
+    both.add_control(folders["another", "sdxl"])
+    assert both.controlnets == ["controlnet", "controlnet_2"] and final(both, steps=2).equal(final(mine(), steps=2))
+    found = final(both, steps=2, control=[first, second])
+    alone = {"first": final(controlled(folders["sdxl"]), steps=2, control=[first]),
+             "second": final(other, steps=2, control=[second])}
+    assert torch.equal(final(both, steps=2, control=[first, (picture(2), 0.0)]), alone["first"])
+    assert torch.equal(final(both, steps=2, control=[(picture(1), 0), second]), alone["second"])
+    assert all((found - x).abs().max() > 1e-3 for x in alone.values())
+    assert (found - final(both, steps=2, control=[second, first])).abs().max() > 1e-3
+    lazy = controlled(folders["sdxl"], lazy=True)
+    lazy.add_control(folders["another", "sdxl"])
+    assert torch.equal(final(lazy, steps=2, control=[first, second]), found)
+    with pytest.raises(InputError, match="--control: 1 for 2 ControlNets; give one for each"):
+        final(both, steps=2, control=[first])
 
 
 # sample.py --------------------------------------------------------------------------------------------------------
@@ -316,15 +347,49 @@ def test_flags_reach_the_pipeline_and_come_back_with_from(folders, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     picture(1).save("control.png")
     assert run("--controlnet", str(folders["sdxl"]), "--control", "control.png", "--control-scale", "0.5") == 0
-    expected, = controlled(folders["sdxl"]).generate(PROMPT, steps=2, control=picture(1), control_scale=0.5)
+    expected, = controlled(folders["sdxl"]).generate(PROMPT, steps=2, control=[(picture(1), 0.5)])
+    assert open_picture("pictures/picture.png").tobytes() == expected.tobytes()
+    assert sample.main(["--from", "pictures/picture.png", "--device", "cpu", "--out", "again.png"]) == 0
+    assert open_picture("again.png").tobytes() == expected.tobytes()
+    picture(2).save("other.png")
+    flags = ["--from", "pictures/picture.png", "--device", "cpu", "--out", "changed.png"]  # flags win
+    assert sample.main([*flags, "--control", "other.png", "--control-scale", "0.9"]) == 0
+    expected, = controlled(folders["sdxl"]).generate(PROMPT, steps=2, control=[(picture(2), 0.9)])
+    assert open_picture("changed.png").tobytes() == expected.tobytes()
+
+
+def test_flags_are_paired_in_order(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture(1).save("1.png"), picture(2).save("2.png")
+    first, second = (str(folders[name]) for name in ("sdxl", ("another", "sdxl")))
+    assert run("--controlnet", first, "--control", "1.png", "--control-scale", "0.5",
+               "--controlnet", second, "--control", "2.png", "--control-scale", "0.7") == 0
+    model = controlled(first)
+    model.add_control(second)
+    expected, = model.generate(PROMPT, steps=2, control=[(picture(1), 0.5), (picture(2), 0.7)])
     assert open_picture("pictures/picture.png").tobytes() == expected.tobytes()
     assert sample.main(["--from", "pictures/picture.png", "--device", "cpu", "--out", "again.png"]) == 0
     assert open_picture("again.png").tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("kept", [{"controlnet": "A", "control": "a.png", "control_scale": 0.5},
+                                  {"controlnet": None, "control": None, "control_scale": 1.0}])
+def test_pictures_that_keep_one_value_can_still_be_drawn_from(kept, tmp_path):
+    path = save_new(picture(1), tmp_path / "old.png", {**vars(sample.Settings()), "prompt": PROMPT, **kept})
+    found = sample.read_flags(["--from", str(path)])
+    assert (found.controlnet, found.control) == ((("A",), ("a.png",)) if kept["control"] else ((), ()))
+    assert found.control_scale == (kept["control_scale"],)
+    assert sample.read_flags(["--from", str(path), "--control", "b.png"]).control == ("b.png",)
+    if not kept["control"]:
+        assert sample.open_controls(found) == []
+
+
 @pytest.mark.parametrize("flags, words", [
     ("--control control.png", "--control: needs --controlnet"),
     ("--controlnet HERE", "needs --control, the picture to follow"),
+    ("--controlnet HERE --controlnet HERE --control control.png", "2 times, --control 1 and --control-scale 1; give"),
+    ("--controlnet HERE --control control.png --control-scale 1 --control-scale 0", "1 and --control-scale 2"),
+    ("--controlnet HERE --control control.png --control control.png", "is given 1 times, --control 2"),
     ("--controlnet HERE --control nowhere.png", "nowhere.png: no such picture"),
     ("--controlnet nowhere --control control.png", "nowhere"),
     ("--controlnet HERE --control control.png --control-scale -1", "--control-scale -1.0: choose 0"),
@@ -374,7 +439,8 @@ def test_from_the_command_to_a_picture(tmp_path):
     assert (tmp_path / "samples" / "step-000002.png").exists()
     model = controlled(tmp_path / "model")
     example = open_picture(tmp_path / "model" / "example.png")
-    assert model.generate(PROMPT, steps=2, control=example)[0].tobytes() != model.generate(PROMPT, steps=2)[0].tobytes()
+    drawn, = model.generate(PROMPT, steps=2, control=[(example, 1.0)])
+    assert drawn.tobytes() != model.generate(PROMPT, steps=2)[0].tobytes()
     state = read_weights(tmp_path / "model" / "diffusion_pytorch_model.safetensors")
     assert {x.dtype for x in state.values()} == {torch.float16}
 

@@ -109,7 +109,7 @@ def sample(pipeline, config):
     for scene in scenes(pipeline, config, config.scenes, 4):
         hint, truth = to_pictures(torch.stack([scene.hint / 127.5 - 1, *Scene.draw([scene])]))
         with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):  # for two kinds of weights
-            drawn, = pipeline.generate(scene.text, steps=20, control=hint)
+            drawn, = pipeline.generate(scene.text, steps=20, control=[(hint, 1.0)])
         cells += [(hint, config.control), (drawn, scene.text), (truth, "the scene")]
     return labelled_grid(*zip(*cells), columns=3)
 
