@@ -73,10 +73,11 @@ def train(name, recipe, config, stop):
     settings, say = {"recipe": name, **dataclasses.asdict(config)}, print if rank == 0 else lambda line: None
     say("\n".join(f"{key:14} {value}" for key, value in {**settings, "device": device, "processes": world}.items()))
 
+    source = choose(config, settings, say)  # before minutes go into preparing data
     run, batch_of = build(recipe, config, device)
     say(f"training {sum(p.numel() for p in run.params.values()):,} of "
         f"{sum(p.numel() for p in run.model.parameters()):,} weights")
-    start, rows = resume(run, config, settings, rank, say)
+    start, rows = resume(run, config, source, rank, say)
 
     saved, logged, clock = start, start, time.perf_counter()
     bar = tqdm(range(start, config.steps), name, initial=start, total=config.steps, disable=rank > 0,
@@ -145,13 +146,17 @@ def build(recipe, config, device):
     return training.Run(model, loss, params, training.adamw(params, config), training.EMA(params, config.ema)), batch_of
 
 
-def resume(run, config, settings, rank, say):
-    """Load the checkpoint that --resume asks for. Returns (steps done, rows of the log so far)."""
-    folder = Path(config.out, "checkpoints")
-    source = checkpoint.choose(config.resume, folder, say)
-    start = checkpoint.load(source, run, settings) if source else 0
-    if start > config.steps:
-        raise InputError(f"--steps {config.steps} is less than the {start} steps of {source}; choose more")
+def choose(config, settings, say):
+    """The checkpoint that --resume asks for, or None; InputError where these settings cannot go on from it."""
+    source = checkpoint.choose(config.resume, Path(config.out, "checkpoints"), say)
+    if source and (done := checkpoint.check(source, settings)) > config.steps:
+        raise InputError(f"--steps {config.steps} is less than the {done} steps of {source}; choose more")
+    return source
+
+
+def resume(run, config, source, rank, say):
+    """Load the checkpoint `source`, if any. Returns (steps done, rows of the log so far)."""
+    folder, start = Path(config.out, "checkpoints"), checkpoint.load(source, run) if source else 0
     say(f"going on from {source}" if source else f"starting in {config.out}")
     training.wait()  # others may still be reading what the first process tidies
     if rank > 0:

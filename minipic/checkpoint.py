@@ -48,17 +48,19 @@ def state_of(run):
     return {file: {name: whole(tensor) for name, tensor in group.items()} for file, group in tensors_of(run).items()}
 
 
-@torch.no_grad()
-def load(folder, run, config):
-    """Fill a run from a checkpoint; returns the steps done.
-
-    Raises InputError when a setting that decides what is trained differs from the checkpoint's, by name.
-    """
+def check(folder, config):
+    """Steps done in a checkpoint. InputError naming a setting that decides what is trained and differs from its own."""
     saved = json.loads((folder / "config.json").read_text())
     for key, value in json.loads(json.dumps(config)).items():
         if key not in FREE and saved.get(key) != value:
             raise InputError(f"--resume: {folder} was trained with {key}={saved.get(key)!r}, not {value!r}; "
                              "use the same value, or start a new run in another --out")
+    return step_of(folder)
+
+
+@torch.no_grad()
+def load(folder, run):
+    """Fill a run from a checkpoint; returns the steps done."""
     files = {file: load_file(folder / f"{file}.safetensors") for file in ("model", "ema", "optimizer")}
     for name, p in run.params.items():  # AdamW makes its state at the first step, its step count on the CPU
         if f"{name}.step" in files["optimizer"]:

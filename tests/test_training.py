@@ -186,9 +186,11 @@ def test_never_starts_afresh_when_asked_to_go_on(tmp_path, capsys):
     assert at(tmp_path, 24).exists()
 
 
-def test_two_runs_do_not_mix(tmp_path, capsys):
+def test_two_runs_do_not_mix_and_that_is_known_before_data_is_prepared(tmp_path, capsys, monkeypatch):
     toy("--out", tmp_path / "a", "--save-every", 10, "--keep", 9)
     toy("--out", tmp_path / "b", "--steps", 5, "--schedule", "constant")
+    prepared, data = [], toy_recipe.data
+    monkeypatch.setattr(toy_recipe, "data", lambda *given: prepared.append(given) or data(*given))
     for flags, words in [
         (["--out", tmp_path / "a"], "already holds checkpoints"),
         (["--out", tmp_path / "a", "--resume", at(tmp_path / "a", 10)], "went on to"),
@@ -198,8 +200,9 @@ def test_two_runs_do_not_mix(tmp_path, capsys):
         (["--out", tmp_path / "a", "--resume", "latest", "--steps", 7], "--steps 7 is less than"),
     ]:
         assert toy(*flags) == 2
-        assert words in capsys.readouterr().err
+        assert words in capsys.readouterr().err and not prepared
     assert toy("--out", tmp_path / "b", "--steps", 9, "--schedule", "constant", "--resume", "latest") == 0
+    assert len(prepared) == 1
 
 
 def test_other_model_is_refused_by_name(tmp_path, capsys):
@@ -208,7 +211,7 @@ def test_other_model_is_refused_by_name(tmp_path, capsys):
     config = toy_recipe.Recipe(out=str(tmp_path))
     run, _ = train.build(toy_recipe, config, torch.device("cpu"))
     with pytest.raises(InputError, match="model.safetensors does not fit .* 'calls'"):
-        checkpoint.load(at(tmp_path, 24), run, {})
+        checkpoint.load(at(tmp_path, 24), run)
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
