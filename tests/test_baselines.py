@@ -11,7 +11,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import baselines  # noqa: E402
 import readme  # noqa: E402
+import tiny  # noqa: E402
 
+from minipic.image import to_pictures, to_tensor  # noqa: E402
+from minipic.models.controlnet import ControlNet  # noqa: E402
 from minipic.world import probe  # noqa: E402
 from minipic.world.caption import Description, Thing, describe, parse  # noqa: E402
 from minipic.world.scene import render, sample_scene  # noqa: E402
@@ -68,6 +71,20 @@ def test_a_subject_is_told_from_its_class(judge, tmp_path, seed):
         "identity": 1, "setting": 1, "class": 1, "leak": 0, "others": 1}
     swapped = baselines.subject_scores(judge, [other.flip(0), mine, other], asked, classes, asked)
     assert swapped == {"identity": 0, "setting": 0, "class": 0, "leak": 1, "others": 0}
+
+
+def test_drawings_follow_their_own_hint_as_generate_does():
+    """quality.draw's hints are those of `generate`, a row each, in both halves of guidance."""
+    pipeline = tiny.build()
+    pipeline.controlnet = ControlNet.from_unet(pipeline.unet, pipeline.vae.config.factor)
+    for p in pipeline.controlnet.parameters():
+        p.data.normal_(std=0.2, generator=torch.Generator().manual_seed(p.numel()))
+    hints = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)).mul(255).round() / 255
+    drawn = baselines.draw(pipeline, ["a red sphere"] * 2, 5, steps=2, hints=hints)
+    for i in range(2):
+        follow, other = (to_tensor(pipeline.generate("a red sphere", steps=2, sampler="euler", seed=5 + i,
+                                                     control=to_pictures(2 * hints - 1)[k])[0]) for k in (i, 1 - i))
+        assert (drawn[i] - follow).abs().mean() < 0.2 * (drawn[i] - other).abs().mean()
 
 
 def test_a_share_counts_pictures_in_which_all_the_facts_hold():
