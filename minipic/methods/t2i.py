@@ -49,7 +49,8 @@ class Photos(Base):
     cache: str = option("", "folder that keeps the pictures and captions of --data encoded, for the next run too")
     bad_images: str = option("error", "what to do about pictures of --data that cannot be used", ("error", "skip"))
     precision: str = option("bf16", "arithmetic of the forward pass; weights stay as they are", ("fp32", "bf16"))
-    min_snr: float = option(0.0, "largest weight of a noise level, in signal-to-noise ratio; 0 weighs all alike")
+    min_snr: float = option(0.0, "Min-SNR weights: gamma, 5 in the paper; 0: the loss as it is")
+    balanced: bool = option(False, "weights under which all noise levels of a trained network count about alike")
     drop: float = option(0.1, "share of captions left out, for guidance: half zeros, half the empty prompt")
 
     def __post_init__(self):
@@ -58,6 +59,8 @@ class Photos(Base):
             raise InputError(f"--side must be at least 0, not {self.side}")
         if self.cache and (not self.data or Path(self.cache).is_file()):
             raise InputError(f"--cache {self.cache}: must be a folder, for what is encoded of --data; give both")
+        if self.balanced and self.min_snr:
+            raise InputError("--balanced and --min-snr are two weightings of the loss; give one of them")
 
 
 @dataclass
@@ -218,7 +221,7 @@ def diffusion_loss(pipeline, batch, context, pooled, config, network=None):
     def predict(x, t):
         return (network or pipeline.unet)(x, t, context, pooled, batch["size_ids"])
     return pipeline.schedule.objective.loss(predict, batch["x0"], batch["noise"], batch["t"].cpu(),
-                                            config.min_snr or None).mean()
+                                            config.min_snr or None, config.balanced).mean()
 
 
 def encode_batch(pipeline, captions, train_text):
