@@ -157,7 +157,7 @@ def test_training_moves_the_new_vectors_only(photos, tmp_path, capsys):
     for more, words in ((["--caption", "a cat"], "lacks the word <cat>"), ([], "has no caption"),
                         (["--caption", "a <cat>", "--like", "small cube"], "--like small cube: is not one token"),
                         (["--caption", "a <cat>", "--word", "small</w>"], "--word 'small</w>' already is a token")):
-        assert train.main([*flags, "--steps", "1", *more]) == 2
+        assert train.main([*flags, "--out", str(tmp_path / "other"), "--steps", "1", *more]) == 2
         assert words in "".join(capsys.readouterr())
 
 
