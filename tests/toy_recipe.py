@@ -38,6 +38,7 @@ class Recipe(training.Recipe):
     """A student learns what a teacher says."""
     steps: int = option(24, "optimizer steps in all")
     batch: int = option(8, "samples a step")
+    precision: str = option("fp32", "arithmetic of the forward pass", ("fp32", "bf16"))
     warmup: int = option(5, "steps of warm-up")
     ema: float = option(0.9, "decay of the average")
     save_every: int = option(100, "steps between checkpoints")
