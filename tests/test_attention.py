@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minipic.common import InputError
-from minipic.layers.attention import Attention, attention
+from minipic.layers.attention import Attention, attention, choose
 
 
 def formula(q, k, v, causal):
@@ -35,6 +35,15 @@ def test_is_the_formula(backend, n, m, causal, dtype, tolerance):
     assert out.shape == q.shape and out.dtype == dtype
     with torch.no_grad():
         assert peers.distance(out.double(), formula(q.double(), k.double(), v.double(), causal)) < tolerance
+
+
+@pytest.mark.parametrize("amx, learns, dtype, expected", [
+    (True, False, torch.bfloat16, "sdpa"), (False, False, torch.bfloat16, "chunked"),
+    (False, False, torch.float32, "sdpa"), (False, True, torch.bfloat16, "sdpa")])
+def test_the_default_on_a_cpu(amx, learns, dtype, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    k = torch.ones(1, 300, 1, 8, dtype=dtype, requires_grad=learns)
+    assert choose(k, k) == expected and choose(k, k[:, :77]) == ("math" if learns else expected)
 
 
 @pytest.mark.parametrize("causal", [False, True])

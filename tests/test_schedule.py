@@ -248,13 +248,22 @@ def test_min_snr(kind, power):
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
-def test_min_snr_weighs_the_error_in_x0(kind):
+def test_weights_are_of_the_error_in_x0(kind):
     objective, (x0, noise), t = Schedule(prediction_type=kind).objective, data(), torch.tensor([10, 900])
     sigma = objective.schedule.sigma(t).reshape(2, 1, 1, 1)
     x = objective.mix(x0, noise, sigma)
     error = (objective.to_x0(x, sigma, torch.cos(objective.scaled(x, sigma))) - x0) ** 2
-    expected = (objective.snr(sigma).clamp(max=5) * error).flatten(1).mean(1)
-    torch.testing.assert_close(objective.loss(lambda x, t: torch.cos(x), x0, noise, t, min_snr=5.0), expected)
+    for settings, weight in (({"min_snr": 5.0}, objective.snr(sigma).clamp(max=5)),
+                             ({"balanced": True}, 2 * objective.snr(sigma).sqrt())):
+        expected = (weight * error).flatten(1).mean(1)
+        torch.testing.assert_close(objective.loss(lambda x, t: torch.cos(x), x0, noise, t, **settings), expected)
+
+
+def test_balanced_is_the_sine_of_twice_the_angle_for_v():
+    """tan(phi) = sigma: v's own loss counts every level alike, balanced most where picture and noise are alike strong."""
+    objective, (x0, noise), t = Schedule(prediction_type="v_prediction").objective, data(), torch.tensor([350, 900])
+    plain, weighted = (objective.loss(lambda x, t: x, x0, noise, t, balanced=b) for b in (False, True))
+    torch.testing.assert_close(weighted / plain, torch.sin(2 * objective.schedule.sigma(t).atan()))
 
 
 def test_signal_to_noise_of_a_flow():

@@ -242,17 +242,21 @@ class Eps:
         """|d to_x0 / d prediction|^2"""
         return sigma**2
 
-    def loss(self, predict, x0, noise, t, min_snr=None):
+    def loss(self, predict, x0, noise, t, min_snr=None, balanced=False):
         """Squared error of a prediction -> [B].
 
         `predict(x, t)`: the network; x0, noise [B,...]; t: training timesteps [B] (or [B,F], one a frame), best left
         on the CPU. `min_snr`: gamma of Min-SNR weighting (2303.09556), by which the error in x0 weighs min(snr, gamma).
+        `balanced`: it weighs 2 sqrt(snr), the middle between an error in x0 and one in noise. All noise levels of a
+        trained network then count about alike, which 2312.02696 learns weights for.
         """
         sigma = self.schedule.sigma(t).to(x0)
         sigma = sigma.reshape(sigma.shape + (1,) * (x0.ndim - sigma.ndim))
         prediction = predict(self.scaled(self.mix(x0, noise, sigma), sigma), t.to(x0.device))
         error = (prediction - self.target(x0, noise, sigma)) ** 2  # promotes a 16-bit prediction to x0's type
-        if min_snr is not None:
+        if balanced:
+            error = error * 2 * self.snr(sigma).sqrt() * self.gain(sigma)
+        elif min_snr is not None:
             error = error * self.snr(sigma).clamp(max=min_snr) * self.gain(sigma)
         return error.flatten(1).mean(1)
 

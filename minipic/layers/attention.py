@@ -12,9 +12,12 @@ from minipic.common import InputError
 
 def choose(q, k):
     """The backend for these shapes: PyTorch's fused kernel, but where the measured exceptions are."""
-    short = k.shape[1] <= 256 and q.device.type == "cpu" and torch.is_grad_enabled() and k.requires_grad
-    if short:  # PyTorch's CPU kernel is about 5 times slower than the formula backwards, on few keys
-        return "math"
+    if q.device.type == "cpu":
+        learns = torch.is_grad_enabled() and k.requires_grad
+        if learns and k.shape[1] <= 256:  # backwards, on few keys, PyTorch's kernel is about 5 times slower
+            return "math"
+        if q.dtype == torch.bfloat16 and not learns and not torch.cpu._is_amx_tile_supported():
+            return "chunked"  # without AMX PyTorch's kernel computes bf16 at the speed of fp32
     return "chunked" if q.shape[-1] > 256 and q.is_cuda else "sdpa"  # flash kernels stop at 256
 
 

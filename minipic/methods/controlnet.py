@@ -29,7 +29,8 @@ class Recipe(Base):
     precision: str = option("bf16", "arithmetic of the forward pass; the ControlNet's weights stay fp32",
                             ("fp32", "bf16"))
     scenes: int = option(4000, "different pictures; their latents and maps are kept in memory")
-    min_snr: float = option(0.0, "largest weight of a noise level, in signal-to-noise ratio; 0 weighs all alike")
+    min_snr: float = option(0.0, "Min-SNR weights: gamma, 5 in the paper; 0: the loss as it is")
+    balanced: bool = option(False, "weights under which all noise levels of a trained network count about alike")
     drop: float = option(0.3, "share of captions left out, so that the map must say it (the paper: 0.5)")
 
     def __post_init__(self):

@@ -25,7 +25,8 @@ class Recipe(Base):
     steps: int = option(4000, "optimizer steps in all")
     lr: float = option(5e-4, "peak learning rate")
     scenes: int = option(8000, "different pairs; their latents are kept in memory")
-    min_snr: float = option(0.0, "largest weight of a noise level, in signal-to-noise ratio; 0 weighs all alike")
+    min_snr: float = option(0.0, "Min-SNR weights: gamma, 5 in the paper; 0: the loss as it is")
+    balanced: bool = option(False, "weights under which all noise levels of a trained network count about alike")
     drop: float = option(0.1, "share of instructions left out, half with the picture; as often the picture alone is")
 
     def __post_init__(self):

@@ -47,13 +47,16 @@ class Photos(Base):
     side: int = option(0, "buckets have the area of a square of this side in pixels; 0: the model's own")
     bad_images: str = option("error", "what to do about pictures of --data that cannot be used", ("error", "skip"))
     precision: str = option("bf16", "arithmetic of the forward pass; weights stay as they are", ("fp32", "bf16"))
-    min_snr: float = option(0.0, "largest weight of a noise level, in signal-to-noise ratio; 0 weighs all alike")
+    min_snr: float = option(0.0, "Min-SNR weights: gamma, 5 in the paper; 0: the loss as it is")
+    balanced: bool = option(False, "weights under which all noise levels of a trained network count about alike")
     drop: float = option(0.1, "share of captions left out, for guidance: half zeros, half the empty prompt")
 
     def __post_init__(self):
         super().__post_init__()
         if self.side < 0:
             raise InputError(f"--side must be at least 0, not {self.side}")
+        if self.balanced and self.min_snr:
+            raise InputError("--balanced and --min-snr are two weightings of the loss; give one of them")
 
 
 @dataclass
@@ -212,7 +215,7 @@ def diffusion_loss(pipeline, batch, context, pooled, config, network=None):
     def predict(x, t):
         return (network or pipeline.unet)(x, t, context, pooled, batch["size_ids"])
     return pipeline.schedule.objective.loss(predict, batch["x0"], batch["noise"], batch["t"].cpu(),
-                                            config.min_snr or None).mean()
+                                            config.min_snr or None, config.balanced).mean()
 
 
 def encode_batch(pipeline, captions, train_text):

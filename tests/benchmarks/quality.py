@@ -40,8 +40,9 @@ def requests(objects, held_out, count):
 
 
 @torch.no_grad()
-def draw(pipeline, prompts, seed, steps=30, guidance=5.0, batch=64):
-    """One picture for each prompt -> [B,3,64,64]; picture i has seed + i, as `generate` would draw it."""
+def draw(pipeline, prompts, seed, steps=30, guidance=5.0, batch=64, hints=None):
+    """One picture for each prompt -> [B,3,64,64]; picture i has seed + i, as `generate` would draw it. hints [B,3,64,64]
+    in 0..1: what the ControlNet follows."""
     images, device = [], pipeline.device
     sizes = (pipeline.size, (0, 0), pipeline.size)
     shape = (4, *(side // pipeline.vae.config.factor for side in pipeline.size[::-1]))
@@ -53,7 +54,8 @@ def draw(pipeline, prompts, seed, steps=30, guidance=5.0, batch=64):
         grid = pipeline.schedule.grid(steps)
         x = grid.start * torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            predict = pipeline.predictor(cond, uncond, sizes, 1, guidance)
+            hint = None if hints is None else hints[start:start + batch].repeat(1 + (guidance > 1), 1, 1, 1)
+            predict = pipeline.predictor(cond, uncond, sizes, 1, guidance, hint=hint)
             denoise = pipeline.schedule.objective.denoiser(predict, grid)
             for x, _ in SAMPLERS["euler"](denoise, x, grid.sigmas):
                 pass

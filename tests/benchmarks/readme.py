@@ -48,7 +48,7 @@ def results(text):
     before, _, after = text.split(RESULTS)
     quality, loading, world = (json.loads(Path(__file__).with_name(f"{name}.json").read_text())
                                for name in ("quality", "loading", "world"))
-    lines = [*quality_table(quality), *loading_table(loading), *world_lines(world), *speed_table()]
+    lines = [*quality_table(quality), *loading_table(loading), *world_lines(world), *speed_table(), *baseline_tables()]
     return RESULTS.join([before, "\n".join(lines), after])
 
 
@@ -108,9 +108,34 @@ def speed_table(folder=Path(__file__).parent):
         for found in measured), ""]
 
 
+def baseline_tables(path=Path(__file__).with_name("baselines.json")):
+    """The recipes for fine-tuning, a table a task and a row a recipe and number of steps."""
+    if not path.exists():
+        yield from ["Fine-tuning, each recipe's quality against steps: not yet measured "
+                    "(`python tests/benchmarks/baselines.py`).", ""]
+        return
+    found = json.loads(path.read_text())
+    for task in dict.fromkeys(row["task"] for row in found["results"]):
+        rows = [row for row in found["results"] if row["task"] == task]
+        facts = list(next(iter(rows[0]["at"].values())))
+        heads = [task, "steps", *facts, "trained weights", "file", "s/step"]
+        yield from ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        for name in dict.fromkeys(row["name"] for row in rows):
+            seeds = [row for row in rows if row["name"] == name]
+            cost = [""] * 3 if "bytes" not in seeds[0] else [
+                f"{seeds[0]['trained']:,}", f"{seeds[0]['bytes'] / 1e6:.2f} MB",
+                f"{statistics.mean(row['seconds a step'] for row in seeds):.2f}"]
+            for steps in seeds[0]["at"]:
+                cells = [cell([row["at"][steps][fact] for row in seeds]) for fact in facts]
+                yield "| " + " | ".join([name, "" if steps == "0" else steps, *cells, *cost]) + " |"
+    yield from ["", f"What is counted is told at the top of `{found['command'].split()[1]}`. `{found['command']}`, "
+                f"{found['pictures']} pictures a cell, {found['seeds']} seed(s), mean and spread; {found['date']}, "
+                f"{found['cpu']}, {found['threads']} thread, torch {found['torch']}.", ""]
+
+
 def cell(values):
-    """Mean and spread; empty where nothing was asked (nan)."""
-    if values[0] != values[0]:
+    """Mean and spread; empty where nothing was asked (None or nan)."""
+    if values[0] is None or values[0] != values[0]:
         return ""
     spread = f" ±{max(values) - min(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{spread}"
