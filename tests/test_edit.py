@@ -1,4 +1,4 @@
-"""UNets that see a picture beside x: values of diffusers' InstructPix2Pix and inpainting, files, flags, and the recipe."""
+"""UNets that see a picture beside x: diffusers' values of InstructPix2Pix and inpainting, files, flags, the recipe."""
 
 import functools
 import tempfile
@@ -68,8 +68,9 @@ def test_final_latents_equal_diffusers(case):
     else:
         given |= dict(image=[settings["image"]] * 2, mask_image=[settings["mask"]] * 2, height=64, width=64,
                       strength=settings["strength"])
-    expected = peer_latents(layouts.read_json(folder(channels, kind) / "model_index.json")["_class_name"],
-                            folder(channels, kind), settings.get("sampler", "euler"), num_inference_steps=STEPS, **given)
+    path = folder(channels, kind)
+    expected = peer_latents(read_json(path / "model_index.json")["_class_name"], path, settings.get("sampler", "euler"),
+                            num_inference_steps=STEPS, **given)
     found = final(wide(channels, kind), **{"steps": STEPS, "seed": SEED, "n": 2, **settings})
     assert_same(found, expected)
 
@@ -190,7 +191,7 @@ def test_new_channels_change_no_bit_at_first():
 def test_pairs_are_the_worlds_and_the_source_is_the_mode_unscaled():
     config = config_of(drop=0.0)
     pipeline = edit.build(config)
-    pipeline.vae.quant_conv.weight.data[4:], pipeline.vae.quant_conv.bias.data[4:] = 0, -30  # no deviation from the mean
+    pipeline.vae.quant_conv.weight.data[4:], pipeline.vae.quant_conv.bias.data[4:] = 0, -30  # the mean itself
     batch, pairs = edit.data(pipeline, config)(0, range(8)), TASKS["edit"](0, range(6))
     assert batch["captions"] == [pairs.prompts[row] for row in batch["rows"]]
     with torch.no_grad():
