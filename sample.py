@@ -6,6 +6,7 @@
     python sample.py "snow" --image photo.png --strength 0.6 --mask m.png    redraw a picture, or its white part only
     python sample.py "a cat" --model weights/sdxl-base --lora style.safetensors:0.8
     python sample.py "a red cube" --controlnet runs/controlnet/model --control edges.png --control-scale 0.8
+    python sample.py "make the cube green" --model runs/edit/model --edit picture.png --image-guidance 1.5
     python sample.py --from pictures/grid.png --steps 50                     the settings of an earlier picture again
     torchrun --nproc_per_node=2 sample.py --prompts prompts.txt              several GPUs share the prompts
 """
@@ -55,6 +56,8 @@ class Settings:
     controlnet: tuple[str, ...] = option((), "a ControlNet's folder or file; give the flag once for each")
     control: tuple[str, ...] = option((), "picture to follow, of what the ControlNet was trained on; once for each")
     control_scale: tuple[float, ...] = option((), "how closely, 1 as trained, 0 off; none, or once for each ControlNet")
+    edit: str = option(None, "picture to change as the prompt says, with a model that was trained to edit")
+    image_guidance: float = option(1.5, "how much to stay with --edit; 1 or less turns it off")
     original_size: str = option(None, "WIDTHxHEIGHT that SDXL is told the training picture had; --size if left out")
     crop: str = option("0,0", "LEFT,TOP of the cut that SDXL is told was made from that picture")
     target_size: str = option(None, "WIDTHxHEIGHT that SDXL is told was wanted; --size if left out")
@@ -189,7 +192,7 @@ def draw(config):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     device, dtype = choose(config, int(os.environ.get("LOCAL_RANK", 0)))
     prompts, (single, together) = read_prompts(config)[rank::world], place(config)
-    image, mask = (open_picture(name) if name else None for name in (config.image, config.mask))
+    image, mask, edit = (open_picture(name) if name else None for name in (config.image, config.mask, config.edit))
     control = open_controls(config)
     load = {"dtype": DTYPES[dtype], "device": device, "lazy": True, "check_hashes": config.verify}
     pipeline = Pipeline.load(config.model, vae=config.vae, **load)
@@ -199,11 +202,12 @@ def draw(config):
         pipeline.add_control(path)
     refiner = Pipeline.load(config.refiner, **load) if config.refiner else None
     size, sampler, grid = pipeline.plan(config.steps, config.n, pair(config.size, "size", "x"), config.sampler, image,
-                                        config.strength, mask, control)
+                                        config.strength, mask, control, edit, config.image_guidance, refiner)
     given = {"negative": config.negative, "steps": config.steps, "guidance": config.guidance, "size": size,
              "sampler": sampler, "image": image, "strength": config.strength, "mask": mask, "refiner": refiner,
-             "control": control, "original_size": pair(config.original_size, "original-size", "x"),
-             "crop": pair(config.crop, "crop", ","), "target_size": pair(config.target_size, "target-size", "x")}
+             "control": control, "edit": edit, "image_guidance": config.image_guidance,
+             "original_size": pair(config.original_size, "original-size", "x"), "crop": pair(config.crop, "crop", ","),
+             "target_size": pair(config.target_size, "target-size", "x")}
     for prompt in prompts:  # all of them, before the text encoders make room for the UNet
         for model in filter(None, (pipeline, refiner)):
             model.encode(prompt, config.negative)

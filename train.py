@@ -33,6 +33,7 @@ RECIPES = {
     "dreambooth": "minipic.methods.dreambooth",
     "inversion": "minipic.methods.inversion",
     "controlnet": "minipic.methods.controlnet",
+    "edit": "minipic.methods.edit",
 }
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from minipic.common import random
 from minipic.world.caption import caption
 from minipic.world.scene import FLOORS, SKIES, render, sample_scene
+from minipic.world.tasks import TASKS
 
 # Kinds of picture: (share, (H, W) of the training picture). Every bucket is a multiple of 16, the UNet's grid.
 KINDS = {"plain": (0.60, (64, 64)), "wide": (0.08, (64, 96)), "tall": (0.07, (96, 64)), "panels": (0.10, (64, 128)),
@@ -79,3 +80,38 @@ def compose(seed, index):
         side = (24, 32, 48)[int(u[0] * 3)]
         return Picture(kind, (scene,), (side, side), size)
     return Picture(kind, (scene,), size, size)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A pair of one of world/tasks.py's TASKS as a training picture, with all that a Picture can: source, which is
+    given, and image, which is wanted, both [3,H,W] in 8 bits."""
+
+    source: torch.Tensor
+    image: torch.Tensor
+    text: str
+
+    @property
+    def size(self):
+        return tuple(self.image.shape[1:])
+
+    @property
+    def size_ids(self):
+        return torch.tensor([*self.size, 0, 0, *self.size], dtype=torch.float32)
+
+    def caption(self, generator):
+        return self.text
+
+    @staticmethod
+    def draw(pairs):
+        return [pair.image / 127.5 - 1 for pair in pairs]
+
+
+def pairs(task, seed, indices, size, chunk=64):
+    """Pairs of a task of the world as a list of Pairs. `size`: (H, W)."""
+    found = []
+    for start in range(0, len(indices), chunk):
+        made = TASKS[task](seed, indices[start:start + chunk], size)
+        levels = (((x + 1) * 127.5).round().to(torch.uint8) for x in (made.source, made.target))
+        found += map(Pair, *levels, made.prompts)
+    return found

@@ -183,6 +183,12 @@ def foreign(names):
     return next((what for what, pattern in FOREIGN if any(re.search(pattern, name) for name in names)), None)
 
 
+def channels(shapes):
+    """How many channels the UNet of a single file takes."""
+    stem = shapes.get("model.diffusion_model.input_blocks.0.0.weight", ())
+    return stem[1] if len(stem) == 4 else 4
+
+
 def identify(shapes):
     """What a single file holds, from its {name: shape}: "sdxl" (base and Turbo, which differ in values only),
     "refiner", "sd15", "vae", or in words something else."""
@@ -191,10 +197,8 @@ def identify(shapes):
     contexts = [shape[1] for name, shape in shapes.items()
                 if re.fullmatch(r"model\.diffusion_model\..*\.attn2\.to_k\.weight", name) and len(shape) == 2]
     if contexts:
-        stem = shapes.get("model.diffusion_model.input_blocks.0.0.weight", ())
-        channels = stem[1] if len(stem) == 4 else 4
-        if channels != 4:
-            return f"a model of {channels} input channels (9: inpainting, 8: instruct-pix2pix) instead of 4"
+        if channels(shapes) not in (4, 8, 9):
+            return f"a model of {channels(shapes)} input channels instead of 4, 8 (instruct-pix2pix) or 9 (inpainting)"
         return CONTEXT_WIDTH.get(contexts[0], f"a model of unknown context width {contexts[0]}")
     bare = {name.removeprefix("first_stage_model.") for name in shapes}
     if {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= bare:

@@ -53,7 +53,8 @@ KINDS = {  # part: network, its config, the classes that the official files name
 ADDED = {"controlnet"}  # parts that are no part of a model's folder
 # What else an official model_index.json may list: read elsewhere, or not needed to draw.
 OTHERS = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor", "safety_checker", "image_encoder")
-PIPELINES = re.compile(r"StableDiffusion(XL)?(Img2Img|Inpaint)?Pipeline")
+PIPELINES = re.compile(r"StableDiffusion(XL)?(Img2Img|Inpaint|InstructPix2Pix)?Pipeline")
+WIDER = {8: "InstructPix2Pix", 9: "Inpaint"}  # of UNets that take so many channels: what diffusers calls the pipeline
 
 SDXL_SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
@@ -121,6 +122,10 @@ def look(path):
 def from_single_file(path, parts, index, scheduler):
     """The parts of a file whose kind is known; every tensor must belong to a part or to the ignored ones."""
     path, entries = Path(path), read_header(path)[0]
+    channels, unet = keys.channels({name: entry.shape for name, entry in entries.items()}), parts["unet"]
+    if channels in WIDER:
+        parts = parts | {"unet": replace(unet, config=replace(unet.config, in_channels=channels))}
+        index = index | {"_class_name": index["_class_name"].replace("Pipeline", f"{WIDER[channels]}Pipeline")}
     prefixes = tuple(part.prefix for part in parts.values())
     strangers = [name for name in entries if not name.startswith(prefixes) and not keys.IGNORED.fullmatch(name)]
     if strangers:
@@ -148,10 +153,10 @@ def open_folder(path, half=False):
     for name in ("unet", "vae"):
         if name not in parts:
             raise InputError(f"{path / 'model_index.json'} lists no {name!r}; fetch the folder again")
-    channels, latent = parts["unet"].config.in_channels, parts["vae"].config.latent_channels
-    if channels != latent:
-        raise InputError(f"{path / 'unet'} takes {channels} channels but the VAE makes {latent}; inpainting (9) and "
-                         "instruct-pix2pix (8) UNets are not supported, use the ordinary model with --mask")
+    unet, latent = parts["unet"].config, parts["vae"].config.latent_channels
+    if unet.in_channels not in (latent, 2 * latent, 2 * latent + 1) or unet.out_channels != latent:
+        raise InputError(f"{path / 'unet'} takes {unet.in_channels} channels and makes {unet.out_channels}; with a VAE of "
+                         f"{latent}, it can take {latent}, {2 * latent} (edits) or {2 * latent + 1} (inpainting)")
     return Source(parts, index, read_json(path / "scheduler" / "scheduler_config.json"))
 
 

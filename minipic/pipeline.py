@@ -4,7 +4,8 @@
     pictures = pipeline.generate("a small red sphere left of a large blue cube", n=4)
 
 SDXL (arXiv 2307.01952): base, refiner, Turbo; Stable Diffusion 1.x and 2.x; image-to-image (2108.01073); inpainting by
-latent replacement (2201.09865); ControlNet (2302.05543). The same seed gives the picture that diffusers gives.
+latent replacement (2201.09865) or with a UNet that sees the mask; ControlNet (2302.05543); edits by instruction
+(InstructPix2Pix, 2211.09800). The same seed gives the picture that diffusers gives.
 """
 
 import math
@@ -55,9 +56,9 @@ class Pipeline(Adapters):
         dtype, path = dtype or torch.float32, Path(path)
         source = open_model(path, half=dtype != torch.float32, check_hashes=check_hashes)
         parts = source.parts | ({"vae": open_vae(vae, source.parts["vae"].config)} if vae else {})
-        if parts["vae"].config.latent_channels != parts["unet"].config.in_channels:
+        if parts["vae"].config.latent_channels != parts["unet"].config.out_channels:
             raise InputError(f"--vae {vae}: makes {parts['vae'].config.latent_channels} channels, the UNet of {path} "
-                             f"takes {parts['unet'].config.in_channels}")
+                             f"{parts['unet'].config.out_channels}")
         tokenizers = {TOKENIZERS[name]: open_tokenizer(path, TOKENIZERS[name], part.config.vocab_size)
                       for name, part in parts.items() if name in TOKENIZERS}
         where = path / "scheduler" / "scheduler_config.json"
@@ -107,6 +108,13 @@ class Pipeline(Adapters):
         """(width, height) in pixels of the pictures that the UNet was trained for."""
         return (self.unet.config.sample_size * self.vae.config.factor,) * 2
 
+    @property
+    def looks(self):
+        """What the UNet looks at beside x: "" nothing, "edit" the picture to change (InstructPix2Pix), "mask" where to
+        draw and the picture around it (inpainting)."""
+        latent = self.vae.config.latent_channels
+        return {latent: "", 2 * latent: "edit", 2 * latent + 1: "mask"}[self.unet.config.in_channels]
+
     @torch.no_grad()
     def encode(self, prompt, negative=None):
         """(what is wanted, what is not): two Conditionings of one row, without sizes.
@@ -137,7 +145,7 @@ class Pipeline(Adapters):
     @torch.no_grad()
     def steps(self, prompt, negative=None, steps=30, guidance=5.0, seed=0, n=1, size=None, sampler=None, image=None,
               strength=0.75, mask=None, original_size=None, crop=(0, 0), target_size=None, rescale=0.0,
-              refiner=None, handover=0.8, control=()):
+              refiner=None, handover=0.8, control=(), edit=None, image_guidance=1.5):
         """Yield (x_t, predicted x0), each [n,4,h,w], after every step; `decode` makes pictures of either.
 
         guidance: 1 or less is off (Turbo); rescale: see diffusion/guidance.py. size: (width, height), multiples of 8.
@@ -146,21 +154,22 @@ class Pipeline(Adapters):
         keep `image`. original_size, crop (left, top) and target_size are SDXL's micro-conditioning: the picture is
         drawn as if cut out of one of that size. refiner: a Pipeline that takes the last 1 - handover of the schedule.
         control: for each ControlNet, in the order of `add_control`, a PIL picture of edges, depth or the like to follow
-        and how closely, 1 as trained, 0 not at all: [(picture, scale), ...].
+        and how closely, 1 as trained, 0 not at all: [(picture, scale), ...]. edit: a PIL picture that the prompt says
+        how to change, for a model trained to; image_guidance: how much to stay with it, 1 or less is off.
         """
-        size, sampler, grid = self.plan(steps, n, size, sampler, image, strength, mask, control)
+        size, sampler, grid = self.plan(steps, n, size, sampler, image, strength, mask, control, edit, image_guidance,
+                                        refiner)
         text, factor, objective = self.encode(prompt, negative), self.vae.config.factor, self.schedule.objective
         generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]  # on the CPU: equal on every device
-        shape = (self.unet.config.in_channels, size[1] // factor, size[0] // factor)
+        shape = (self.vae.config.latent_channels, size[1] // factor, size[0] // factor)
 
         def noise(step=None):
             return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
 
-        if image is None:
-            known, start = None, noise()
-        else:
-            known, start = self.encode_picture(cover(image, size), noise), noise()
-        pure = image is None or (mask and strength == 1)
+        pure, keeps = image is None or (mask and strength == 1), mask and self.looks != "mask"
+        known = self.encode_picture(to_tensor(cover(image, size)), noise) if keeps or not pure else None
+        start = noise()
+        beside = self.beside(size, edit, image, mask, noise)
         x = grid.start * start if pure else objective.mix(known, start, grid.sigmas[0])
         stages = [(self, grid, text)]
         if refiner:
@@ -173,17 +182,20 @@ class Pipeline(Adapters):
             sizes = original_size or size, crop, target_size or size
             follow = [(name, (to_tensor(cover(picture, size))[None] + 1) / 2, scale)
                       for name, (picture, scale) in zip(self.controlnets, control) if scale and pipeline is self]
-            predict = pipeline.predictor(*text, sizes, n, guidance, rescale, follow)
+            predict = pipeline.predictor(*text, sizes, n, guidance, rescale, follow,
+                                         beside if pipeline is self else None, image_guidance)
             denoise = pipeline.schedule.objective.denoiser(predict, grid)
             drawing = SAMPLERS[sampler](denoise, x, grid.sigmas, noise)
-            if mask:
-                drawing = keep(drawing, objective.mix, known, start, latent_mask(mask, size, factor).to(x), grid.sigmas)
+            if keeps:
+                drawn = latent_mask(white(mask, size), factor).to(x)
+                drawing = keep(drawing, objective.mix, known, start, drawn, grid.sigmas)
             for i, (x, x0) in enumerate(drawing):
                 yield objective.scaled(x, grid.sigmas[i + 1]), x0
             if refiner:
                 pipeline.free("unet", *pipeline.controlnets)
 
-    def plan(self, steps=30, n=1, size=None, sampler=None, image=None, strength=0.75, mask=None, control=()):
+    def plan(self, steps=30, n=1, size=None, sampler=None, image=None, strength=0.75, mask=None, control=(), edit=None,
+             image_guidance=1.5, refiner=None):
         """(size, sampler, Grid) of a drawing; InputError, naming sample.py's flag, for what cannot be drawn."""
         if sampler is not None and sampler not in SAMPLERS:
             raise InputError(f"--sampler {sampler}: unknown; choose one of {', '.join(SAMPLERS)}")
@@ -201,41 +213,59 @@ class Pipeline(Adapters):
         for _, scale in control:
             if not 0 <= scale < math.inf:
                 raise InputError(f"--control-scale {scale}: choose 0 (off) to about 2; 1 is as trained")
+        if edit and self.looks != "edit":
+            raise InputError("--edit: this model was not trained to edit pictures; train.py edit makes one that is")
+        if self.looks == "edit" and not edit:
+            raise InputError("this model edits pictures; name one with --edit, and say in the prompt what to change")
+        if self.looks == "mask" and not mask:
+            raise InputError("this model fills in parts of pictures; name one with --image, and the part with --mask")
+        if not 0 <= image_guidance < math.inf:
+            raise InputError(f"--image-guidance {image_guidance}: choose 1 (off) to about 2")
+        if refiner and refiner.looks:
+            raise InputError("--refiner: its UNet sees a picture beside the one that it draws; use an ordinary model")
         if size is None:
-            shown = image or (control[0][0] if control else None)
+            shown = image or edit or (control[0][0] if control else None)
             size = tuple(side // 8 * 8 for side in shown.size) if shown else self.size
         if any(side < 8 or side % 8 for side in size):
             raise InputError(f"--size {'x'.join(map(str, size))}: width and height must be multiples of 8, at least 8")
         grid = self.schedule.grid(steps, sampler)
         return size, sampler or self.schedule.sampler, grid.strength(strength) if image else grid
 
-    def predictor(self, cond, uncond, sizes, n, guidance, rescale=0.0, follow=()):
+    def predictor(self, cond, uncond, sizes, n, guidance, rescale=0.0, follow=(), beside=None, image_guidance=1.0):
         """The network with text and guidance inside: a function predict(x, t).
 
         cond, uncond: Conditionings of a row a prompt, drawn n times each; sizes: (original, crop, target). Guidance
         runs both in one batch. follow: [(ControlNet's name, hint [1,3,H,W], scale), ...]; what they say is added.
+        beside: see there; with a picture to edit there are two guidances, arXiv 2211.09800 equation 3.
         """
         self.fetch("unet", *(name for name, *_ in follow))
-        guided, like = guidance > 1, next(self.unet.parameters())
-        rows = [uncond, cond] if guided else [cond]
+        guidance, image_guidance, like = max(guidance, 1), max(image_guidance, 1), next(self.unet.parameters())
+        rows, weights, shown = [cond], [], [1]  # shown: whether a row sees what is beside x
+        if self.looks == "edit" and max(guidance, image_guidance) > 1:
+            rows, weights, shown = [uncond, uncond, cond], [image_guidance - guidance, guidance], [0, 1, 1]
+        elif guidance > 1:
+            rows, weights, shown = [uncond, cond], [guidance], [1, 1]
         context, pooled = (None if x[0] is None else torch.cat(x).to(like).repeat_interleave(n, dim=0)
                            for x in list(zip(*rows))[:2])
         count = n * len(cond.context)
         read = self.unet.read(context)
-        ids = self.size_rows(*sizes)[-len(rows):].to(like.device).repeat_interleave(count, dim=0) if self.sdxl else None
-
+        ids = self.size_rows(*sizes)[[int(row is cond) for row in rows]] if self.sdxl else None
+        ids = ids.to(like.device).repeat_interleave(count, dim=0) if self.sdxl else None
+        if beside is not None:
+            beside = torch.cat([share * beside.expand(count, -1, -1, -1) for share in shown]).to(like)
         nets = [(net := getattr(self, name), net.read(context), hint.to(like), scale) for name, hint, scale in follow]
 
         def predict(x, t):
             both = torch.cat([x] * len(rows)).to(like.dtype)
             told = [net(both, t, heard, hint, pooled, ids, scale) for net, heard, hint, scale in nets]
             told = [sum(residuals) for residuals in zip(*told)] or None
-            prediction = self.unet(both, t, read, pooled, ids, told).to(x.dtype)
-            if not guided:
+            seen = both if beside is None else torch.cat([both, beside], dim=1)
+            prediction = self.unet(seen, t, read, pooled, ids, told).to(x.dtype)
+            without, *others = prediction.chunk(len(rows))
+            if not others:
                 return prediction
-            without, with_text = prediction.chunk(2)
-            prediction = combine(without, [(guidance, with_text)])
-            return rescale_to(prediction, with_text, rescale) if rescale else prediction
+            prediction = combine(without, list(zip(weights, others)))
+            return rescale_to(prediction, others[-1], rescale) if rescale else prediction
 
         return predict
 
@@ -246,12 +276,27 @@ class Pipeline(Adapters):
         scores = AESTHETIC[::-1] if count == 5 * config.addition_time_embed_dim else (target, target)
         return torch.stack([size_ids(original, crop, score) for score in scores])
 
-    def encode_picture(self, picture, noise):
-        """A PIL picture -> scaled latents, one draw of the VAE's distribution for each row of noise()."""
+    def beside(self, size, edit, image, mask, noise):
+        """What the UNet sees beside x: the latent of `edit` [1,4,h,w], unscaled as diffusers has it; or the mask and
+        the latent of the picture with grey in its place [n,5,h,w]; or None."""
+        if self.looks == "edit":
+            return self.moments(to_tensor(cover(edit, size)))[0].to(self.device)
+        if self.looks == "mask":
+            drawn = white(mask, size)
+            around = self.encode_picture(to_tensor(cover(image, size)) * (1 - drawn), noise)
+            drawn = latent_mask(drawn, self.vae.config.factor).to(around).expand(len(around), -1, -1, -1)
+            return torch.cat([drawn, around], dim=1)
+
+    def moments(self, image):
+        """image [3,H,W] in [-1,1] -> mean and standard deviation of its latent, each [1,4,h,w], unscaled."""
         self.fetch("vae")
-        like = next(self.vae.parameters())
-        mean, logvar = self.vae.encode(to_tensor(picture)[None].to(like))
-        return self.vae.scale(mean.float() + (0.5 * logvar.float()).exp() * noise().to(like.device)).to(self.device)
+        mean, logvar = self.vae.encode(image[None].to(next(self.vae.parameters())))
+        return mean.float(), (0.5 * logvar.float()).exp()
+
+    def encode_picture(self, image, noise):
+        """image [3,H,W] in [-1,1] -> scaled latents, a draw of the VAE's distribution for each row of noise()."""
+        mean, std = self.moments(image)
+        return self.vae.scale(mean + std * noise().to(mean.device)).to(self.device)
 
     @torch.no_grad()
     def decode(self, x):
@@ -287,7 +332,11 @@ def open_tokenizer(path, name, vocab_size):
     return tokenizer
 
 
-def latent_mask(mask, size, factor):
-    """A PIL mask -> [1,1,h,w]: 1 where to draw. The nearest pixel decides for each latent pixel."""
-    drawn = (to_tensor(cover(mask.convert("L"), size)) >= 0).float()[None]
-    return nn.functional.interpolate(drawn, size=(size[1] // factor, size[0] // factor))
+def white(mask, size):
+    """A PIL mask -> [1,H,W]: 1 where to draw, 0 where to keep."""
+    return (to_tensor(cover(mask.convert("L"), size)) >= 0).float()
+
+
+def latent_mask(drawn, factor):
+    """[1,H,W] of 0 and 1 -> [1,1,h,w]. The nearest pixel decides for each latent pixel."""
+    return nn.functional.interpolate(drawn[None], size=(drawn.shape[1] // factor, drawn.shape[2] // factor))

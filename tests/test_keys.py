@@ -177,7 +177,8 @@ def unet_file(channels=4, width=2048):
 
 @pytest.mark.parametrize("shapes, what", [
     (unet_file(), "sdxl"), (unet_file(width=1280), "refiner"), (unet_file(width=768), "sd15"),
-    (unet_file(width=1024), "a Stable Diffusion 2 model"), (unet_file(channels=9), "9 input channels"),
+    (unet_file(width=1024), "a Stable Diffusion 2 model"), (unet_file(channels=5), "5 input channels"),
+    (unet_file(channels=9), "sdxl"), (unet_file(channels=8, width=768), "sd15"),
     (unet_file() | {"edm_mean": (1, 4, 1, 1)}, "a Playground 2.5 model"),
     ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (4, 640)}, "a LoRA"),
     ({"unet.down_blocks.1.attentions.0.proj_in.lora_A.weight": (4, 640)}, "a LoRA"),

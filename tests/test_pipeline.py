@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from minipic.common import InputError
+from minipic.image import to_tensor
 from minipic.pipeline import Pipeline, open_tokenizer
 from minipic.text import train_tokenizer
 from tiny import NEGATIVE, PROMPT
@@ -174,7 +175,7 @@ def test_picture_i_has_seed_plus_i():
 def test_masked_part_stays():
     latent = final(mine(), steps=5, image=picture(), mask=mask(), seed=SEED, strength=1.0)
     generator = torch.Generator().manual_seed(SEED)
-    known = mine().encode_picture(picture(), lambda: torch.randn(1, 4, 16, 16, generator=generator))
+    known = mine().encode_picture(to_tensor(picture()), lambda: torch.randn(1, 4, 16, 16, generator=generator))
     assert torch.equal(latent[..., 7:], known[..., 7:])  # 27 white columns are 7 of 4 pixels, the nearest deciding
     assert ((latent[..., :7] - known[..., :7]).abs() > 0.1).float().mean() > 0.9
 

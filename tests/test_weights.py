@@ -298,13 +298,16 @@ def test_broken_folders_are_refused_by_name(folder, kind):
     assert all(word in str(caught.value) for word in [str(folder), *words])
 
 
-def test_an_inpainting_unet_is_named(folder):
-    config = folder / "unet" / "config.json"
-    rewrite(config, in_channels=9)
+@pytest.mark.parametrize("channels", [5, 8, 9])
+def test_a_unet_may_see_a_picture_to_edit_or_a_mask(channels, folder):
+    rewrite(folder / "unet" / "config.json", in_channels=channels)
     edit(folder / "unet" / "diffusion_pytorch_model.safetensors",
-         lambda tensors: tensors | {"conv_in.weight": torch.ones(16, 9, 3, 3)})
-    with pytest.raises(InputError, match="unet takes 9 channels .* inpainting"):
-        layouts.open_model(folder)
+         lambda tensors: tensors | {"conv_in.weight": torch.ones(16, channels, 3, 3)})
+    if channels != 5:
+        assert layouts.open_model(folder).parts["unet"].config.in_channels == channels
+    else:
+        with pytest.raises(InputError, match="unet takes 5 channels .* 8 .edits. or 9 .inpainting"):
+            layouts.open_model(folder)
 
 
 def test_single_files_that_are_no_model(tmp_path, models):

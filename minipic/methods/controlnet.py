@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from minipic.common import InputError, option
+from minipic.data import pairs
 from minipic.image import labelled_grid, to_pictures
 from minipic.layouts import save_part
 from minipic.methods import t2i
 from minipic.models.controlnet import ControlNet
-from minipic.pipeline import Pipeline
 from minipic.training import Recipe as Base
-from minipic.world.tasks import TASKS
 
 
 @dataclass
@@ -40,43 +39,15 @@ class Recipe(Base):
             raise InputError(f"--side must be a multiple of 16, not {self.side}")
 
 
-@dataclass
-class Scene:
-    """One training picture, with all that a data.Picture can: image and hint [3,H,W] in 8 bits, the hint in 0..255."""
-
-    image: torch.Tensor
-    hint: torch.Tensor
-    text: str
-
-    @property
-    def size(self):
-        return tuple(self.image.shape[1:])
-
-    @property
-    def size_ids(self):
-        return torch.tensor([*self.size, 0, 0, *self.size], dtype=torch.float32)
-
-    def caption(self, generator):
-        return self.text
-
-    @staticmethod
-    def draw(scenes):
-        return [scene.image / 127.5 - 1 for scene in scenes]
-
-
-def scenes(pipeline, config, first, count, chunk=64):
+def scenes(pipeline, config, first, count):
     """Scenes number `first` and following of the world, as pairs of a map and a picture."""
-    size, found = (config.side or pipeline.size[1], config.side or pipeline.size[0]), []
-    for start in range(first, first + count, chunk):
-        pairs = TASKS[config.control](config.seed, range(start, min(start + chunk, first + count)), size)
-        image, hint = (((x + 1) * 127.5).round().to(torch.uint8) for x in (pairs.target, pairs.source))
-        found += map(Scene, image, hint, pairs.prompts)
-    return found
+    size = config.side or pipeline.size[1], config.side or pipeline.size[0]
+    return pairs(config.control, config.seed, range(first, first + count), size)
 
 
 def build(config):
     """The pipeline with a new ControlNet; what does not train needs no more digits than the arithmetic has."""
-    pipeline = Pipeline.load(config.model, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    pipeline = t2i.load(config, torch.bfloat16 if config.precision == "bf16" else torch.float32)
     pipeline.controlnet = ControlNet.from_unet(pipeline.unet, pipeline.vae.config.factor).float()
     return pipeline
 
@@ -92,7 +63,7 @@ def data(pipeline, config):
 
     def batch(step, indices):
         found = batch_of(step, indices)
-        return found | {"hint": torch.stack([pictures[row].hint for row in found["rows"]]) / 255}
+        return found | {"hint": torch.stack([pictures[row].source for row in found["rows"]]) / 255}
     return batch
 
 
@@ -108,7 +79,7 @@ def sample(pipeline, config):
     """Of four scenes that it never saw: the map, what is drawn from it with the prompt, and the scene itself."""
     cells, device = [], pipeline.device.type
     for scene in scenes(pipeline, config, config.scenes, 4):
-        hint, truth = to_pictures(torch.stack([scene.hint / 127.5 - 1, *Scene.draw([scene])]))
+        hint, truth = to_pictures(torch.stack([scene.source, scene.image]) / 127.5 - 1)
         with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):  # for two kinds of weights
             drawn, = pipeline.generate(scene.text, steps=20, control=[(hint, 1.0)])
         cells += [(hint, config.control), (drawn, scene.text), (truth, "the scene")]
@@ -119,4 +90,4 @@ def export(pipeline, folder, config):
     """The ControlNet alone, a folder that sample.py --controlnet and diffusers load; example.png is a map to try."""
     save_part(pipeline.controlnet, folder, torch.float16)
     scene, = scenes(pipeline, config, config.scenes, 1)
-    to_pictures(scene.hint[None] / 127.5 - 1)[0].save(folder / "example.png")
+    to_pictures(scene.source[None] / 127.5 - 1)[0].save(folder / "example.png")

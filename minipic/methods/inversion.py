@@ -10,7 +10,6 @@ from minipic.common import InputError, option
 from minipic.embedding import save_embedding
 from minipic.methods import t2i
 from minipic.methods.t2i import sample  # noqa: F401
-from minipic.pipeline import Pipeline
 
 
 @dataclass
@@ -36,7 +35,7 @@ class Recipe(t2i.Photos):
 
 def build(config):
     """The pipeline with the new word; all its vectors start as those of `like`."""
-    pipeline, vectors = Pipeline.load(config.model), {}
+    pipeline, vectors = t2i.load(config), {}
     for part, (tokenizer, encoder) in zip(pipeline.encoders, pipeline.towers):
         first, second = tokenizer([config.like])[0, 1:3].tolist()
         if second != encoder.end_token:

@@ -86,11 +86,20 @@ class Recipe(Photos):
             raise InputError("--lora-rank changes a model that is there; leave out --from-nothing")
 
 
+def load(config, dtype=torch.float32, also=""):
+    """The pipeline of --model. A UNet that looks at more than x trains only in the recipe that says so: `also`."""
+    pipeline = Pipeline.load(config.model, dtype)
+    if pipeline.looks not in ("", also):
+        raise InputError(f"--model {config.model}: its UNet takes {pipeline.unet.config.in_channels} channels, which "
+                         "this recipe cannot train; give an ordinary model")
+    return pipeline
+
+
 def build(config):
     """The pipeline to train: as it is, or its VAE and text encoders with a new UNet."""
     if not config.from_nothing:  # what stays as it is needs no more digits than the arithmetic has
         half = config.lora_rank and config.precision == "bf16"
-        return Pipeline.load(config.model, torch.bfloat16 if half else torch.float32)
+        return load(config, torch.bfloat16 if half else torch.float32)
     folder = Path(config.model)
     parts = {name: load_part(open_part(folder / name, name), torch.float32)
              for name in ("vae", "text_encoder", "text_encoder_2")}

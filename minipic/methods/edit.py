@@ -1,0 +1,105 @@
+"""Trains a model to edit pictures by instruction: its UNet also looks at the picture to change (arXiv 2211.09800).
+
+The picture's latent goes beside x into new channels of conv_in that count nothing at first (section 3.2 there); the
+whole UNet trains, on pairs of the world's scenes before and after an edit. Now and then the picture, the instruction or
+both are left out, so that there can be guidance by either.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from minipic.common import InputError, option, random
+from minipic.data import pairs
+from minipic.image import labelled_grid, to_pictures
+from minipic.methods import t2i
+from minipic.training import Recipe as Base
+
+
+@dataclass
+class Recipe(Base):
+    """Teach a model to edit pictures by instruction, on scenes of the world before and after an edit."""
+
+    model: str = option("weights/tiny", "pipeline folder or file; its VAE and text encoders stay as they are")
+    side: int = option(0, "pictures are squares of this side in pixels; 0: the model's own")
+    steps: int = option(4000, "optimizer steps in all")
+    lr: float = option(5e-4, "peak learning rate")
+    scenes: int = option(8000, "different pairs; their latents are kept in memory")
+    min_snr: float = option(0.0, "Min-SNR weights: gamma, 5 in the paper; 0: the loss as it is")
+    balanced: bool = option(False, "weights under which all noise levels of a trained network count about alike")
+    drop: float = option(0.1, "share of instructions left out, half with the picture; as often the picture alone is")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.side < 0 or self.side % 16:
+            raise InputError(f"--side must be a multiple of 16, not {self.side}")
+        if not 0 <= self.drop <= 0.6:
+            raise InputError(f"--drop must be 0 to 0.6, not {self.drop}")
+
+
+def build(config):
+    """The pipeline of --model, which diffusers calls InstructPix2Pix from now on; one that edits already goes on."""
+    pipeline = t2i.load(config, also="edit")
+    if not pipeline.looks:
+        widen(pipeline.unet)
+    name = f"StableDiffusion{'XL' * pipeline.sdxl}InstructPix2PixPipeline"
+    pipeline.index = pipeline.index | {"_class_name": name}
+    return pipeline
+
+
+def widen(unet):
+    """Let a UNet take as many channels again, which count nothing at first."""
+    conv, unet.config = unet.conv_in, replace(unet.config, in_channels=2 * unet.config.in_channels)
+    conv.in_channels, old = unet.config.in_channels, conv.weight.detach()
+    conv.weight = torch.nn.Parameter(torch.cat([old, torch.zeros_like(old)], dim=1))
+
+
+def setup(pipeline, config):
+    return list(pipeline.unet.parameters())
+
+
+def scenes(pipeline, config, first, count):
+    """Scenes number `first` and following of the world, before and after an edit, with the instruction."""
+    size = config.side or pipeline.size[1], config.side or pipeline.size[0]
+    return pairs("edit", config.seed, range(first, first + count), size)
+
+
+def data(pipeline, config):
+    """t2i's batches, with source [B,4,h,w]: the unscaled latent of the picture before, zeros where it is left out."""
+    pictures = scenes(pipeline, config, 0, config.scenes)
+    before = t2i.encode_pictures(pipeline.vae, [replace(pair, image=pair.source) for pair in pictures])
+    batch_of = t2i.batches(pipeline, pictures, {}, config)
+
+    def source_of(index, row, text):
+        share = config.drop / 2 / (1 - config.drop) if text else 0.5
+        told = torch.rand((), generator=random(config.seed, "told", index)) >= share
+        return told * pipeline.vae.unscale(before[row][0].float())
+
+    def batch(step, indices):
+        found = batch_of(step, indices)
+        return found | {"source": torch.stack(list(map(source_of, indices, found["rows"], found["captions"])))}
+    return batch
+
+
+def loss(pipeline, batch, config):
+    def network(x, *told):
+        return pipeline.unet(torch.cat([x, batch["source"]], dim=1), *told)
+    texts = t2i.encode_batch(pipeline, batch["captions"], train_text=False)
+    return t2i.diffusion_loss(pipeline, batch, *texts, config, network)
+
+
+def sample(pipeline, config):
+    """Of four pairs that it never saw: the picture before, what it makes of it as told, and the picture after."""
+    cells = []
+    for pair in scenes(pipeline, config, config.scenes, 4):
+        before, after = to_pictures(torch.stack([pair.source, pair.image]) / 127.5 - 1)
+        drawn, = pipeline.generate(pair.text, steps=20, edit=before)
+        cells += [(before, "before"), (drawn, pair.text), (after, "after")]
+    return labelled_grid(*zip(*cells), columns=3)
+
+
+def export(pipeline, folder, config):
+    """The finished model, a pipeline folder; example.png is a picture to try."""
+    pipeline.save(folder, torch.float16)
+    pair, = scenes(pipeline, config, config.scenes, 1)
+    to_pictures(pair.source[None] / 127.5 - 1)[0].save(folder / "example.png")
