@@ -266,6 +266,18 @@ def test_balanced_is_the_sine_of_twice_the_angle_for_v():
     torch.testing.assert_close(weighted / plain, torch.sin(2 * objective.schedule.sigma(t).atan()))
 
 
+def test_timesteps_to_train_at():
+    """Shares of the ranges of timesteps, against the normal distribution's own."""
+    schedule, generator = Schedule(), torch.Generator().manual_seed(0)
+    for spread in (0.0, 1.0, 1.2, 50.0):  # at 50 the sigmoid rounds to 1, which would be one timestep too many
+        t = torch.tensor([int(schedule.draw_timestep(generator, spread)) for _ in range(20000)])
+        assert t.min() >= 0 and t.max() <= 999
+        for end in (100, 300, 500, 800):
+            share = end / 1000
+            expected = torch.special.ndtr(torch.logit(torch.tensor(share)) / spread).item() if spread else share
+            assert abs((t < end).float().mean().item() - expected) < 0.015, (spread, end)
+
+
 def test_signal_to_noise_of_a_flow():
     near(Schedule(prediction_type="flow").objective.snr(torch.tensor([0.2, 0.5, 0.8])), [16, 1, 0.0625], 1e-5)
 

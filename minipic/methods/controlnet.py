@@ -14,28 +14,22 @@ from minipic.image import labelled_grid, to_pictures
 from minipic.layouts import save_part
 from minipic.methods import t2i
 from minipic.models.controlnet import ControlNet
-from minipic.training import Recipe as Base
 
 
 @dataclass
-class Recipe(Base):
+class Recipe(t2i.Denoising):
     """Train a ControlNet for a model on maps of the world's scenes. The model itself stays as it is."""
 
     model: str = option("weights/tiny", "pipeline folder or file; it stays as it is")
     control: str = option("edges", "what the pictures follow", ("edges", "depth", "segmentation"))
-    side: int = option(0, "pictures are squares of this side in pixels; 0: the model's own")
     steps: int = option(2000, "optimizer steps in all")
     lr: float = option(3e-4, "peak learning rate")
-    precision: str = option("bf16", "arithmetic of the forward pass; the ControlNet's weights stay fp32",
-                            ("fp32", "bf16"))
     scenes: int = option(4000, "different pictures; their latents and maps are kept in memory")
-    min_snr: float = option(0.0, "Min-SNR weights: gamma, 5 in the paper; 0: the loss as it is")
-    balanced: bool = option(False, "weights under which all noise levels of a trained network count about alike")
     drop: float = option(0.3, "share of captions left out, so that the map must say it (the paper: 0.5)")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.side < 0 or self.side % 16:
+        if self.side % 16:
             raise InputError(f"--side must be a multiple of 16, not {self.side}")
 
 

@@ -13,25 +13,21 @@ from minipic.common import InputError, option, random
 from minipic.data import pairs
 from minipic.image import labelled_grid, to_pictures
 from minipic.methods import t2i
-from minipic.training import Recipe as Base
 
 
 @dataclass
-class Recipe(Base):
+class Recipe(t2i.Denoising):
     """Teach a model to edit pictures by instruction, on scenes of the world before and after an edit."""
 
     model: str = option("weights/tiny", "pipeline folder or file; its VAE and text encoders stay as they are")
-    side: int = option(0, "pictures are squares of this side in pixels; 0: the model's own")
     steps: int = option(4000, "optimizer steps in all")
     lr: float = option(5e-4, "peak learning rate")
     scenes: int = option(8000, "different pairs; their latents are kept in memory")
-    min_snr: float = option(0.0, "Min-SNR weights: gamma, 5 in the paper; 0: the loss as it is")
-    balanced: bool = option(False, "weights under which all noise levels of a trained network count about alike")
     drop: float = option(0.1, "share of instructions left out, half with the picture; as often the picture alone is")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.side < 0 or self.side % 16:
+        if self.side % 16:
             raise InputError(f"--side must be a multiple of 16, not {self.side}")
         if not 0 <= self.drop <= 0.6:
             raise InputError(f"--drop must be 0 to 0.6, not {self.drop}")

@@ -39,28 +39,38 @@ def tiny(context_width, pooled_width):
 
 
 @dataclass
-class Photos(Base):
+class Denoising(Base):
+    """What every recipe has whose network learns to take noise away."""
+
+    side: int = option(0, "training pictures have the area of a square of this side in pixels; 0: the model's own")
+    min_snr: float = option(0.0, "Min-SNR weights: gamma, 5 in the paper; 0: the loss as it is")
+    logit_normal: float = option(0.0, "train middle noise levels more often: spread of a normal number whose sigmoid "
+                                 "is the timestep, 1 in Stable Diffusion 3; 0: all alike")
+    balanced: bool = option(False, "weights under which all noise levels of a trained network count about alike")
+
+    LEAST = Base.LEAST | {"side": 0, "logit_normal": 0}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.balanced and self.min_snr:
+            raise InputError("--balanced and --min-snr are two weightings of the loss; give one of them")
+
+
+@dataclass
+class Photos(Denoising):
     """What every recipe that draws on a folder of pictures has."""
 
     model: str = option("weights/tiny", "pipeline folder or file; its VAE stays as it is")
     data: str = option("", "folder of pictures with .txt captions or metadata.jsonl; empty: the world")
     caption: str = option("", "caption of the pictures of --data that have none")
-    side: int = option(0, "buckets have the area of a square of this side in pixels; 0: the model's own")
     cache: str = option("", "folder that keeps the pictures and captions of --data encoded, for the next run too")
     bad_images: str = option("error", "what to do about pictures of --data that cannot be used", ("error", "skip"))
-    precision: str = option("bf16", "arithmetic of the forward pass; weights stay as they are", ("fp32", "bf16"))
-    min_snr: float = option(0.0, "Min-SNR weights: gamma, 5 in the paper; 0: the loss as it is")
-    balanced: bool = option(False, "weights under which all noise levels of a trained network count about alike")
     drop: float = option(0.1, "share of captions left out, for guidance: half zeros, half the empty prompt")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.side < 0:
-            raise InputError(f"--side must be at least 0, not {self.side}")
         if self.cache and (not self.data or Path(self.cache).is_file()):
             raise InputError(f"--cache {self.cache}: must be a folder, for what is encoded of --data; give both")
-        if self.balanced and self.min_snr:
-            raise InputError("--balanced and --min-snr are two weightings of the loss; give one of them")
 
 
 @dataclass
@@ -78,7 +88,7 @@ class Recipe(Photos):
                              "where it is decided what stands where", ("epsilon", "v_prediction"))
     train_text: bool = option(False, "train the text encoders too")
 
-    LEAST = Base.LEAST | {"side": 0, "lora_rank": 0, "lora_alpha": 0}
+    LEAST = Denoising.LEAST | {"lora_rank": 0, "lora_alpha": 0}
 
     def __post_init__(self):
         super().__post_init__()
@@ -159,7 +169,7 @@ def batches(pipeline, pictures, texts, config):
         known = dict(zip(("context", "pooled"), texts[text])) if texts else {}
         return {**known, "x0": mean + std * torch.randn(mean.shape, generator=generator),
                 "noise": torch.randn(mean.shape, generator=generator),
-                "t": torch.randint(pipeline.schedule.num_train_timesteps, (), generator=generator),
+                "t": pipeline.schedule.draw_timestep(generator, config.logit_normal),
                 "size_ids": pictures[row].size_ids, "captions": text, "rows": row}
 
     def batch(step, indices):
