@@ -134,10 +134,12 @@ def test_values_and_gradients_are_those_of_diffusers(name):
         assert (found[key] - gradient).abs().max() <= 1e-9 * max(gradient.abs().max(), floor), key
 
 
-def test_a_new_one_changes_no_bit_and_learns():
+@pytest.mark.parametrize("small", [False, True])
+def test_a_new_one_changes_no_bit_and_learns(small):
     outputs, unet, given = peers.ours("unet", "sdxl")
     given = {key: x.float() for key, x in given.items()}
-    model = ControlNet.from_unet(unet)
+    model = ControlNet.from_unet(unet, small=small)
+    assert any("transformer_blocks" in name for name in model.state_dict()) != small
     state = unet.state_dict()
     copied = {name for name, x in model.state_dict().items() if name in state and torch.equal(x, state[name])}
     assert set(model.state_dict()) - copied == {name for name in model.state_dict() if name.startswith("controlnet_")}
@@ -443,6 +445,18 @@ def test_from_the_command_to_a_picture(tmp_path):
     assert drawn.tobytes() != model.generate(PROMPT, steps=2)[0].tobytes()
     state = read_weights(tmp_path / "model" / "diffusion_pytorch_model.safetensors")
     assert {x.dtype for x in state.values()} == {torch.float16}
+
+
+def test_a_small_one_is_sdxls_and_its_folder_is_read_by_diffusers(tmp_path):
+    model = meta(lambda: ControlNet.from_unet(UNet(SDXL_BASE), small=True))
+    assert model.config == SMALL and peers.key_table(model)[:2] == SIZES["small"][1:]
+    flags = ["--scenes", "2", "--batch", "2", "--steps", "1", "--sample-every", "0", "--out", str(tmp_path)]
+    assert train.main(["controlnet", "--small", "--model", str(tiny.folder()), *flags]) == 0
+    mine = controlled(tmp_path / "model").controlnet
+    assert not any("transformer_blocks" in name for name in mine.state_dict())
+    other = pytest.importorskip("diffusers").ControlNetModel.from_pretrained(tmp_path / "model").state_dict()
+    assert other.keys() == mine.state_dict().keys()
+    assert all(torch.equal(other[name], x) for name, x in mine.state_dict().items())
 
 
 def test_a_side_that_does_not_halve_is_refused(capsys):

@@ -22,6 +22,7 @@ class Recipe(t2i.Denoising):
 
     model: str = option("weights/tiny", "pipeline folder or file; it stays as it is")
     control: str = option("edges", "what the pictures follow", ("edges", "depth", "segmentation"))
+    small: bool = option(False, "leave its transformers out, as SDXL's -small ones: a smaller file, deaf to the text")
     steps: int = option(2000, "optimizer steps in all")
     lr: float = option(3e-4, "peak learning rate")
     scenes: int = option(4000, "different pictures; their latents and maps are kept in memory")
@@ -42,7 +43,7 @@ def scenes(pipeline, config, first, count):
 def build(config):
     """The pipeline with a new ControlNet; what does not train needs no more digits than the arithmetic has."""
     pipeline = t2i.load(config, torch.bfloat16 if config.precision == "bf16" else torch.float32)
-    pipeline.controlnet = ControlNet.from_unet(pipeline.unet, pipeline.vae.config.factor).float()
+    pipeline.controlnet = ControlNet.from_unet(pipeline.unet, pipeline.vae.config.factor, config.small).float()
     return pipeline
 
 

@@ -92,10 +92,14 @@ class ControlNet(Encoder):
         self.controlnet_mid_block = zero(nn.Conv2d(self.skips[-1], self.skips[-1], 1))
 
     @classmethod
-    def from_unet(cls, unet, factor=8):
+    def from_unet(cls, unet, factor=8, small=False):
         """A new ControlNet with a copy of a UNet's encoder, which changes nothing before it is trained. `factor`: the
-        VAE's, a power of 2 up to 8."""
+        VAE's, a power of 2 up to 8. `small`: leave the transformers out, as the -small ones for SDXL do."""
         config = ControlNetConfig(**{f.name: getattr(unet.config, f.name) for f in fields(EncoderConfig)})
+        if small:
+            levels = len(config.block_out_channels)
+            config = replace(config, down_block_types=("DownBlock2D",) * levels,
+                             transformer_layers_per_block=(0,) * levels)
         widths = config.conditioning_embedding_out_channels[:factor.bit_length()]
         model = cls(replace(config, conditioning_embedding_out_channels=widths)).to(next(unet.parameters()))
         known = unet.state_dict()
