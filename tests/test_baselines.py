@@ -10,10 +10,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import baselines  # noqa: E402
+import cases  # noqa: E402
 import readme  # noqa: E402
 import tiny  # noqa: E402
 
+from quality import draw  # noqa: E402
+
 from minipic.image import to_pictures, to_tensor  # noqa: E402
+from minipic.methods import edit  # noqa: E402
 from minipic.models.controlnet import ControlNet  # noqa: E402
 from minipic.world import probe  # noqa: E402
 from minipic.world.caption import Description, Thing, describe, parse  # noqa: E402
@@ -32,7 +36,7 @@ def judge():
 
 def test_renders_follow_their_map_and_shuffled_ones_do_not(judge):
     pairs = TASKS["edges"](5, range(32))
-    truth, shuffled = (baselines.control_scores(judge, images, pairs.truth["edges"], pairs.scenes)
+    truth, shuffled = (cases.control_scores(judge, images, pairs.truth["edges"], pairs.scenes)
                        for images in (pairs.target, pairs.target.roll(1, 0)))
     assert truth["layout"] > 0.9 and truth["text"] > 0.9 and truth["edge F1"] > 0.7
     assert shuffled["layout"] < 0.1 and shuffled["text"] < 0.1 and shuffled["edge F1"] < 0.4
@@ -41,7 +45,7 @@ def test_renders_follow_their_map_and_shuffled_ones_do_not(judge):
 
 def test_what_a_prompt_says_and_what_a_map_says_is_all_of_a_scene():
     full = describe(sample_scene(5, 3, objects=2))
-    layout, looks = baselines.layout_of(full), baselines.looks_of(full)
+    layout, looks = cases.layout_of(full), cases.looks_of(full)
     assert parse("a small red cube on the left").things[0] == Thing("red", None, "cube", "small", "plain", "left")
     both = [replace(b, shape=a.shape, size=a.size, place=a.place) for a, b in zip(layout.things, looks.things)]
     assert Description(tuple(both), layout.relations, looks.floor, looks.sky) == full
@@ -52,59 +56,80 @@ def test_edges_of_a_picture_are_its_steps():
     picture[0, 1, :, 4:] = 0.31
     expected = torch.zeros(1, 8, 8, dtype=torch.bool)
     expected[0, :, 3] = True
-    assert torch.equal(baselines.own_edges(picture), expected)
-    assert not baselines.own_edges(picture * 0.9).any()
+    assert torch.equal(cases.own_edges(picture), expected)
+    assert not cases.own_edges(picture * 0.9).any()
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_subject_is_told_from_its_class(judge, tmp_path, seed):
-    case = baselines.subject(seed, 15, judge, tmp_path, 1)
+    case = cases.subject(seed, 15, judge, tmp_path, 1)
     assert len(list(tmp_path.glob("*.png"))) == 5
     assert case.renders["identity"] > 0.8 and case.renders["setting"] == 1 and case.renders["others"] > 0.8
-    it, color = list(baselines.SUBJECTS.items())[seed]
+    it, color = list(cases.SUBJECTS.items())[seed]
     settings = [("left", "grey", "blue"), ("right", "pink", "night")]
     plain = replace(it, color=color, color2=None, pattern="plain")
-    mine, other = (render([baselines.placed(x, s, (1, s[0])) for s in settings], truth=False).rgb for x in (it, plain))
+    mine, other = (render([cases.placed(x, s, (1, s[0])) for s in settings], truth=False).rgb for x in (it, plain))
     asked, classes = ([Description((Thing(x.color, x.color2, x.shape, pattern=x.pattern, place=s[0]),), (), *s[1:])
                        for s in settings] for x in (it, plain))
-    assert baselines.subject_scores(judge, [mine, other, mine], asked, classes, asked) == {
+    assert cases.subject_scores(judge, [mine, other, mine], asked, classes, asked) == {
         "identity": 1, "setting": 1, "class": 1, "leak": 0, "others": 1}
-    swapped = baselines.subject_scores(judge, [other.flip(0), mine, other], asked, classes, asked)
+    swapped = cases.subject_scores(judge, [other.flip(0), mine, other], asked, classes, asked)
     assert swapped == {"identity": 0, "setting": 0, "class": 0, "leak": 1, "others": 0}
 
 
-def test_drawings_follow_their_own_hint_as_generate_does():
-    """quality.draw's hints are those of `generate`, a row each, in both halves of guidance."""
-    pipeline = tiny.build()
-    pipeline.controlnet = ControlNet.from_unet(pipeline.unet, pipeline.vae.config.factor)
-    for p in pipeline.controlnet.parameters():
-        p.data.normal_(std=0.2, generator=torch.Generator().manual_seed(p.numel()))
-    hints = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)).mul(255).round() / 255
-    drawn = baselines.draw(pipeline, ["a red sphere"] * 2, 5, steps=2, hints=hints)
-    for i in range(2):
-        follow, other = (to_tensor(pipeline.generate("a red sphere", steps=2, sampler="euler", seed=5 + i,
-                                                     control=[(to_pictures(2 * hints - 1)[k], 1.0)])[0])
-                         for k in (i, 1 - i))
-        assert (drawn[i] - follow).abs().mean() < 0.2 * (drawn[i] - other).abs().mean()
+def test_an_edit_is_right_and_what_was_there_before_is_not(judge):
+    pairs = TASKS["edit"](5, range(48))
+    kinds, before = pairs.truth["kinds"], pairs.truth["before"]
+    truth, same, shuffled = (cases.edit_scores(judge, images, pairs.scenes, kinds, pairs.target)
+                             for images in (pairs.target, pairs.source, pairs.target.roll(1, 0)))
+    assert set(kinds) == set(cases.CHANGES)
+    assert truth["changed"] > 0.95 and truth["kept"] > 0.95 and truth["edited"] > 0.95 and truth["PSNR"] > 100
+    assert same["changed"] < 0.1 and same["kept"] > 0.95 and same["edited"] < 0.05 and 15 < same["PSNR"] < 40
+    assert shuffled["kept"] < 0.1 and shuffled["edited"] < 0.1 and shuffled["PSNR"] < same["PSNR"]
+    back = cases.edit_scores(judge, pairs.source, before, kinds, pairs.source)  # a picture is its own scene's
+    assert back["edited"] > 0.95
+
+
+def test_drawings_follow_their_own_picture_as_generate_does():
+    """quality.draw's hints and edits are those of `generate`, a row each, in every part of guidance."""
+    pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)).mul(255).round() / 255
+    given = to_pictures(2 * pictures - 1)
+    for what, settings in (("hints", {}), ("edits", {"guidance": 3.0, "image_guidance": 1.5})):
+        pipeline = tiny.build()
+        if what == "hints":
+            changed = pipeline.controlnet = ControlNet.from_unet(pipeline.unet, pipeline.vae.config.factor)
+        else:
+            edit.widen(pipeline.unet)
+            changed = pipeline.unet.conv_in
+        for p in changed.parameters():
+            p.data.normal_(std=0.2, generator=torch.Generator().manual_seed(p.numel()))
+        drawn = draw(pipeline, ["a red sphere"] * 2, 5, steps=2, **settings,
+                     **{what: pictures if what == "hints" else 2 * pictures - 1})
+        for i in range(2):
+            follow, other = (to_tensor(pipeline.generate(
+                "a red sphere", steps=2, sampler="euler", seed=5 + i, **settings,
+                **({"control": [(given[k], 1.0)]} if what == "hints" else {"edit": given[k]}))[0]) for k in (i, 1 - i))
+            assert (drawn[i] - follow).abs().mean() < 0.2 * (drawn[i] - other).abs().mean(), what
 
 
 def test_a_share_counts_pictures_in_which_all_the_facts_hold():
     asked, seen = parse("a red cube on the left"), parse("a red sphere on the left")
-    assert baselines.share([asked, asked], [asked, seen], ("shape", "color")) == 0.5
-    assert baselines.share([asked, asked], [asked, seen], ("color", "place")) == 1
+    assert cases.share([asked, asked], [asked, seen], ("shape", "color")) == 0.5
+    assert cases.share([asked, asked], [asked, seen], ("color", "place")) == 1
 
 
 def test_a_trial_run_is_kept_and_not_repeated(judge, tmp_path, monkeypatch, capsys):
     flags = ["--quick", "--seeds", "1", "--model", str(TINY), "--out", str(tmp_path / "found.json"),
              "--runs", str(tmp_path / "runs"), "--only"]
-    for name in ("LoRA", "ControlNet, depth"):
+    for name in ("LoRA", "ControlNet, depth", "InstructPix2Pix"):
         baselines.main([*flags, name])
     rows = json.loads((tmp_path / "found.json").read_text())["results"]
     assert [row["name"] for row in rows] == ["renders", "untouched", "in words", "LoRA", "renders", "untouched",
-                                             "ControlNet, depth"]
-    lora, controlnet = rows[3], rows[-1]
+                                             "ControlNet, depth", "renders", "untouched", "InstructPix2Pix"]
+    lora, controlnet, pix2pix = rows[3], rows[6], rows[9]
     assert lora["at"].keys() == {"1", "2"} and lora["trained"] == 315392 and 0.6e6 < lora["bytes"] < 1.4e6
     assert controlnet["trained"] > 10**6 and controlnet["seconds a step"] > 0
+    assert pix2pix["trained"] == 7373700 and pix2pix["at"]["2"].keys() == {"changed", "kept", "edited", "PSNR"}
     table = list(readme.baseline_tables(tmp_path / "found.json"))
     assert any(line.startswith("| ControlNet, depth | 2 |") for line in table)
     capsys.readouterr()

@@ -40,9 +40,9 @@ def requests(objects, held_out, count):
 
 
 @torch.no_grad()
-def draw(pipeline, prompts, seed, steps=30, guidance=5.0, batch=64, hints=None):
+def draw(pipeline, prompts, seed, steps=30, guidance=5.0, batch=64, hints=None, edits=None, image_guidance=1.5):
     """One picture for each prompt -> [B,3,64,64]; picture i has seed + i, as `generate` would draw it. hints [B,3,64,64]
-    in 0..1: what the ControlNet follows."""
+    in 0..1: what the ControlNet follows; edits [B,3,64,64] in -1..1: the pictures to change."""
     images, device = [], pipeline.device
     sizes = (pipeline.size, (0, 0), pipeline.size)
     shape = (4, *(side // pipeline.vae.config.factor for side in pipeline.size[::-1]))
@@ -56,7 +56,8 @@ def draw(pipeline, prompts, seed, steps=30, guidance=5.0, batch=64, hints=None):
         with torch.autocast(device.type, torch.bfloat16):
             follow = [] if hints is None else [
                 ("controlnet", hints[start:start + batch].repeat(1 + (guidance > 1), 1, 1, 1), 1.0)]
-            predict = pipeline.predictor(cond, uncond, sizes, 1, guidance, follow=follow)
+            beside = None if edits is None else pipeline.vae.encode(edits[start:start + batch])[0]
+            predict = pipeline.predictor(cond, uncond, sizes, 1, guidance, 0.0, follow, beside, image_guidance)
             denoise = pipeline.schedule.objective.denoiser(predict, grid)
             for x, _ in SAMPLERS["euler"](denoise, x, grid.sigmas):
                 pass
