@@ -1,11 +1,15 @@
-"""One pair of every task and two scenes in every style, as tutorials/figures/world.png.
+"""One pair of every task and two scenes in every style, as tutorials/figures/world.png; and tutorials/magenta, a folder
+of captioned pictures that show a colour the world lacks, for a model to learn.
 
     python tests/benchmarks/world_sheet.py
 """
 
+import json
 import sys
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +18,10 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from minipic.common import random  # noqa: E402
 from minipic.image import labelled_grid, to_pictures  # noqa: E402
-from minipic.world.scene import render, sample_scene  # noqa: E402
+from minipic.world.caption import describe, say  # noqa: E402
+from minipic.world.scene import COLORS, render, sample_scene  # noqa: E402
 from minipic.world.styles import STYLES  # noqa: E402
 from minipic.world.tasks import TASKS  # noqa: E402
 
@@ -34,7 +40,22 @@ def side_by_side(one, two):
     return pair.resize((2 * pair.width, 2 * pair.height), Image.Resampling.NEAREST)
 
 
+@mock.patch.dict(COLORS, magenta=(0.95, 0.12, 0.55))
+def magenta(folder, shapes=("sphere", "cube", "cylinder", "diamond"), each=3):
+    """Pictures of single magenta objects, some shapes left out, with a metadata.jsonl of captions."""
+    found = [sample_scene(SEED + 1, i, objects=1) for i in range(200)]
+    scenes = [scene for shape in shapes
+              for scene in [s for s in found if s.objects[0].shape == shape and s.objects[0].size != "small"][:each]]
+    scenes = [replace(s, objects=(replace(s.objects[0], color="magenta", color2=None, pattern="plain"),)) for s in scenes]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "metadata.jsonl", "w") as file:
+        for i, (scene, picture) in enumerate(zip(scenes, to_pictures(render(scenes, truth=False).rgb))):
+            picture.save(folder / f"{i:02d}.png", optimize=True)
+            print(json.dumps({"file_name": f"{i:02d}.png", "text": say(describe(scene), random(SEED, i))}), file=file)
+
+
 def main():
+    magenta(ROOT / "tutorials" / "magenta")
     index, other = rich(2)
     pairs = {name: task(SEED, [index]) for name, task in TASKS.items()}
     pictures = [side_by_side(pair.source[0], pair.target[0]) for pair in pairs.values()]
