@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from minipic.common import random
+from minipic.image import open_picture, to_tensor
 from minipic.pipeline import Pipeline
 from minipic.text import encode
 from minipic.world import metrics, probe
@@ -14,6 +15,7 @@ from minipic.world.caption import Description, describe, parse, say
 from minipic.world.scene import COLORS, PLACES, SHAPES, SIZES, render, sample_scene
 
 TINY = Path(__file__).parents[1] / "weights" / "tiny"
+ADAPTERS, PHOTOS = TINY.parent / "adapters", TINY.parents[1] / "tutorials" / "photos"
 
 PROMPTS = ["a large red sphere on the left", "a large blue cube on the right", "a medium green cone in the middle",
            "a large yellow torus in the middle", "a medium white cylinder on the left",
@@ -80,3 +82,35 @@ def test_diffusers_draws_the_same_picture(pipeline):
                       generator=[torch.Generator().manual_seed(5 + i) for i in range(2)]).images
         difference = np.abs(np.stack(ours).astype(int) - np.stack(theirs).astype(int)).max(-1)
         assert (difference <= 1).mean() >= 0.999
+
+
+@pytest.mark.parametrize("add, file, prompt", [
+    ("add_lora", "sks-torus.safetensors", "a sks torus on a pink floor"),
+    ("add_embedding", "ring.safetensors", "a <ring> on a pink floor")])
+def test_adapters_that_ship_draw_their_subject(add, file, prompt):
+    """A torus checkered in three colours, two of which the judge names; the photos show the same, the model no such."""
+    def share(pictures):
+        seen = probe.read(judge, torch.stack([to_tensor(picture) for picture in pictures]))
+        return sum(any((t.shape, t.pattern) == ("torus", "checkered") and {t.color, t.color2} < {"red", "yellow", "cyan"}
+                       for t in description.things) for description in seen) / len(seen)
+
+    model, judge = Pipeline.load(TINY), probe.load_judge(TINY / "judge")
+    assert share([open_picture(path) for path in PHOTOS.glob("*.png")]) == 1
+    assert share(model.generate("a torus on a pink floor", steps=15, n=4)) == 0
+    getattr(model, add)(ADAPTERS / file)
+    assert share(model.generate(prompt, steps=15, n=4)) >= 0.75
+
+
+def test_the_control_net_that_ships_is_followed():
+    model, judge = Pipeline.load(TINY), probe.load_judge(TINY / "judge")
+    model.add_control(ADAPTERS / "edges")
+    control = [(open_picture(ADAPTERS / "edges" / "example.png"), 1.0)]
+    asked = parse("a purple cylinder on the right and an orange and green striped cone in the middle")
+    seen = probe.read(judge, torch.stack([to_tensor(x) for x in model.generate(
+        "a small purple cylinder right of a green and orange striped cone", steps=20, n=4, control=control)]))
+    score = probe.accuracy([asked] * 4, seen)
+    assert score["shape"] >= 0.75 and score["count"] >= 0.75, score
+
+
+def test_adapters_are_small():
+    assert sum(path.stat().st_size for path in ADAPTERS.rglob("*") if path.is_file()) <= 6e6

@@ -1,0 +1,42 @@
+"""README's figure of the adapters that ship: its own commands, drawn, as tutorials/figures/adapters.png.
+
+    python tests/benchmarks/adapters_sheet.py
+"""
+
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import sample  # noqa: E402
+from minipic.image import labelled_grid, open_picture  # noqa: E402
+
+
+def commands():
+    """The arguments of README's sample.py commands that use weights/adapters."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    return [shlex.split(line)[2:] for line in lines if line.startswith("    python sample.py") and "weights/adapters" in line]
+
+
+def main():
+    pictures, labels = [], []
+    for arguments in commands():
+        for option, value in zip(arguments, arguments[1:]):
+            if option == "--control":
+                pictures.append(open_picture(ROOT / value))
+                labels.append(Path(value).parent.name)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "drawn.png")
+            if code := sample.main([*arguments, "--n", "1", "--device", "cpu", "--out", str(path)]):
+                sys.exit(code)
+            pictures.append(open_picture(path))
+        labels.append(arguments[0])
+    figure = labelled_grid(pictures, labels, columns=len(pictures))
+    figure.save(ROOT / "tutorials" / "figures" / "adapters.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()
