@@ -59,7 +59,7 @@ class Entry(NamedTuple):
 
 PHOTOS = " --data {photos} --warmup 20 "
 DREAMBOOTH = "dreambooth" + PHOTOS + '--caption "a sks {shape}" --prior "a {color} {shape}" '
-LORA = "--lora-rank 16 --lr 2e-3"
+LORA = "--lora-rank 16 --lr 1e-3"
 ENTRIES = {
     "DreamBooth, full": Entry("subject", DREAMBOOTH + "--lr 1e-4", (50, 100, 200), "model", "--prior-pictures 1"),
     "DreamBooth, LoRA": Entry("subject", DREAMBOOTH + LORA, (50, 100, 200), "lora", "--prior-pictures 1"),
