@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minipic.common import InputError, from_argv, option
+from minipic.common import InputError, bounded, enough_memory, from_argv, option
 from minipic.image import labelled_grid, open_picture, read_settings, save_new, to_tensor
 from minipic.pipeline import Pipeline
 
@@ -77,7 +77,8 @@ def main(argv=None):
     """Read the command line and draw. Returns the exit code: 0 done, 1 a failed self-test, 2 a mistake in the input."""
     try:
         config = read_flags(sys.argv[1:] if argv is None else argv)
-        return selftest(config) if config.selftest else draw(config)
+        with enough_memory("choose a smaller --size, or --dtype bf16"):
+            return selftest(config) if config.selftest else draw(config)
     except InputError as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
@@ -109,22 +110,24 @@ def pair(text, flag, mark):
     return tuple(int(number) for number in text.split(mark))
 
 
-def add_loras(pipeline, config):
-    """Add every --lora FILE[:SCALE]."""
-    for text in config.lora:
-        path, scale = re.fullmatch(r"(.*?)(?::([-+.\d]+))?", text).groups()
+def cut(text):
+    """'style.safetensors:0.8' -> ('style.safetensors', '0.8'); '' where nothing follows the file."""
+    name, ending, more = text.rpartition(".safetensors")
+    return (name + ending, more.removeprefix(":")) if ending else (text, "")
+
+
+def add_files(pipeline, config):
+    """Add every --lora FILE[:SCALE], --embedding FILE[:WORD] and --controlnet."""
+    for path, scale in map(cut, config.lora):
         try:
-            scale = float(scale or 1)
+            scale = bounded(float)(scale or 1)
         except ValueError:
-            raise InputError(f"--lora {text}: {scale!r} is no number; write FILE:0.8") from None
+            raise InputError(f"--lora {path}:{scale}: {scale!r} is no number; write FILE:0.8") from None
         pipeline.add_lora(path, scale, config.lora_allow_partial)
-
-
-def add_embeddings(pipeline, config):
-    """Add every --embedding FILE[:WORD]."""
-    for text in config.embedding:
-        path, mark, word = text.partition(".safetensors")
-        pipeline.add_embedding(path + mark, word.removeprefix(":") or None)
+    for path, word in map(cut, config.embedding):
+        pipeline.add_embedding(path, word or None)
+    for path in config.controlnet:
+        pipeline.add_control(path)
 
 
 def open_controls(config):
@@ -149,6 +152,10 @@ def read_prompts(config):
         except UnicodeDecodeError as error:
             raise InputError(f"--prompts {config.prompts}: is not UTF-8; save it as UTF-8") from error
         prompts += [line.strip() for line in lines if line.strip()]
+    try:
+        "".join([*prompts, config.negative or ""]).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"a prompt is not UTF-8 ({error.reason}); set the terminal to UTF-8") from error
     if not prompts:
         raise InputError('nothing to draw; give a prompt, e.g. python sample.py "a red cube"')
     return prompts
@@ -160,8 +167,8 @@ def choose(config, rank):
     name = config.device or best
     try:
         device = torch.device(f"cuda:{rank % torch.cuda.device_count()}" if name == "cuda" == best else name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # unknown, or PyTorch is built without it
+        torch.zeros(1, device=device).item()  # the meta device has no numbers
+    except (RuntimeError, AssertionError, ImportError) as error:  # unknown, or PyTorch is built without it
         raise InputError(f"--device {name}: not available here; use {best}") from error
     if config.dtype:
         return device, config.dtype
@@ -180,11 +187,14 @@ def place(config):
     single = Path(config.out)
     if single.suffix.lower() != ".png":
         single /= "picture.png"
-    try:
-        single.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=single.parent).close()
-    except OSError as error:
-        raise InputError(f"--out {config.out}: cannot write there ({error.strerror}); choose another place") from error
+    if config.film and Path(config.film).suffix.lower() != ".png":
+        raise InputError(f"--film {config.film}: must be the name of a .png file")
+    for flag, name, path in (("out", config.out, single), ("film", config.film, Path(config.film or single))):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            raise InputError(f"--{flag} {name}: cannot write there ({error.strerror}); choose another place") from error
     return single, single.with_name("grid.png" if single.name == "picture.png" else f"{single.stem}-grid.png")
 
 
@@ -196,10 +206,7 @@ def draw(config):
     control = open_controls(config)
     load = {"dtype": DTYPES[dtype], "device": device, "lazy": True, "check_hashes": config.verify}
     pipeline = Pipeline.load(config.model, vae=config.vae, **load)
-    add_loras(pipeline, config)
-    add_embeddings(pipeline, config)
-    for path in config.controlnet:
-        pipeline.add_control(path)
+    add_files(pipeline, config)
     refiner = Pipeline.load(config.refiner, **load) if config.refiner else None
     size, sampler, grid = pipeline.plan(config.steps, config.n, pair(config.size, "size", "x"), config.sampler, image,
                                         config.strength, mask, control, edit, config.image_guidance, refiner)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from minipic import checkpoint, training
-from minipic.common import InputError, from_argv, random
+from minipic.common import InputError, enough_memory, from_argv, random
 from minipic.weights import replacing
 
 RECIPES = {
@@ -52,7 +52,7 @@ def main(argv=None):
         config = from_argv(recipe.Recipe, flags, f"train.py {name}")
         out = config.out or f"runs/{name}"
         config = dataclasses.replace(config, out=out, save=config.save or f"{out}/model")
-        with training.Stop() as stop:
+        with training.Stop() as stop, enough_memory("try a smaller --batch, a larger --accumulate, --checkpointing"):
             train(name, recipe, config, stop)
     except InputError as error:
         print(f"train.py: {error}", file=sys.stderr)

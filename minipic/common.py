@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import hashlib
 import typing
+from contextlib import contextmanager
 
 import torch
 
@@ -36,6 +37,28 @@ def option(default, help, choices=None):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
+def bounded(kind):
+    """`int` or `float` for argparse, without NaN, infinity and what fits no 64 bits: no flag can mean them."""
+    def read(text):
+        value = kind(text)
+        if not abs(value) < 2**63:
+            raise ValueError
+        return value
+    read.__name__ = kind.__name__  # argparse calls it so
+    return read
+
+
+@contextmanager
+def enough_memory(remedy):
+    """Makes an InputError that says the `remedy` of memory that runs out, a GPU's or the computer's."""
+    try:
+        yield
+    except RuntimeError as error:  # PyTorch has no one class for it
+        if not any(words in str(error) for words in ("out of memory", "allocate memory")):
+            raise
+        raise InputError(f"not enough memory; {remedy}") from error
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message}; --help lists every flag")
@@ -56,7 +79,7 @@ def from_argv(cls, argv, prog, positional=()):
         if kind is bool:
             extra["action"] = argparse.BooleanOptionalAction
         else:
-            extra.update(type=kind, choices=f.metadata.get("choices"))
+            extra.update(type=kind if kind is str else bounded(kind), choices=f.metadata.get("choices"))
             if f.name not in positional:
                 extra["metavar"] = kind.__name__.upper()
         name = f.name if f.name in positional else "--" + f.name.rstrip("_").replace("_", "-")  # from_ is --from

@@ -5,8 +5,11 @@ Hugging Face's imagefolder has it). Buckets are sizes of about equal area; a pic
 bucket and cut in the middle, and SDXL is told where: size_ids, arXiv 2307.01952 section 2.2.
 """
 
+import codecs
 import json
 import math
+import os
+import posixpath
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,13 +67,13 @@ def fit(original, sizes):
 def captions_in(folder):
     """({file name: text} of metadata.jsonl, [what is wrong with it])."""
     found, wrong, path = {}, [], folder / "metadata.jsonl"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n") if path.is_file() else []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line) if line.strip() else {"file_name": "", "text": ""}
-            found[row["file_name"]] = row["text"]
-        except (ValueError, KeyError, TypeError):
-            wrong.append(f"{path}, line {number}: expected a JSON object with file_name and text")
+            row = json.loads(line.decode()) if line.strip() else {"file_name": "", "text": ""}
+            found[posixpath.normpath(row["file_name"])] = row["text"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            wrong.append(f"{path}, line {number}: expected a JSON object in UTF-8 with file_name and text")
     return found, wrong
 
 
@@ -89,13 +92,13 @@ def read_folder(folder, side, step, skip=False, caption="", say=print):
         raise InputError(f"--side {side}: must be at least {step}")
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
     wrong += [f"{root / name}: named in metadata.jsonl, but not there" for name in texts
-              if name and not (root / name).is_file()]
+              if not os.path.exists(root / name)]
     for path in paths:
         try:
             text = texts.get(path.relative_to(root).as_posix())
             file = path.with_suffix(".txt")
             if text is None:
-                text = caption if caption and not file.exists() else file.read_text(encoding="utf-8")
+                text = caption if caption and not file.exists() else file.read_text(encoding="utf-8-sig")
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"{path}: its caption is empty")
             width, height = open_picture(path).size

@@ -42,11 +42,6 @@ OPENCLIP_LAYER = {
     "attn.out_proj": "self_attn.out_proj"}
 
 
-def same(name, tensor):
-    """A file that has this library's names: a UNet in the diffusers layout."""
-    return [(name, tensor)]
-
-
 def swap_start(name, table):
     """Replace the start of `name` by the table's first entry that it begins with."""
     for old, new in table.items():
@@ -56,7 +51,8 @@ def swap_start(name, table):
 
 
 def unet(name, tensor):
-    """sgm UNet, without `model.diffusion_model.`: input_blocks.4.1.norm -> down_blocks.1.attentions.0.norm."""
+    """A UNet, in sgm's names without `model.diffusion_model.` (input_blocks.4.1.norm -> down_blocks.1.attentions.0.norm)
+    or in diffusers', which stay."""
     return [(unet_name(name), tensor)]
 
 
@@ -152,6 +148,7 @@ def lora(name):
     if not end:
         return None
     module = name[len(start):end.start()].replace(".processor.", ".").replace(".", "_")
+    module = re.sub(r"self_attn_to_(q|k|v|out)$", r"self_attn_\1_proj", module)  # older diffusers, text encoders
     return LORA_NETWORKS[start], re.sub(r"(attn\d_to_out)$", r"\1_0", module), LORA_ROLES[end[1]]
 
 

@@ -31,7 +31,7 @@ class Part:
     config: object
     files: dict[Path, dict] = field(default_factory=dict)  # {file: {tensor name: Entry}}, the part's own tensors only
     prefix: str = ""  # what their names begin with
-    convert: Callable = keys.same  # (name without prefix, tensor) -> [(name, tensor)], see keys.py
+    convert: Callable = keys.unet  # (name without prefix, tensor) -> [(name, tensor)], see keys.py
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Source:
 
 
 KINDS = {  # part: network, its config, the classes that the official files name, its weights' file, its renaming
-    "unet": (UNet, UNetConfig, ("UNet2DConditionModel",), "diffusion_pytorch_model", keys.same),
+    "unet": (UNet, UNetConfig, ("UNet2DConditionModel",), "diffusion_pytorch_model", keys.unet),
     "vae": (VAE, VAEConfig, ("AutoencoderKL",), "diffusion_pytorch_model", keys.vae),
     "text_encoder": (CLIPText, CLIPTextConfig, ("CLIPTextModel", "CLIPTextModelWithProjection"), "model", keys.clip),
     "text_encoder_2": (CLIPText, CLIPTextConfig, ("CLIPTextModelWithProjection",), "model", keys.clip),
-    "controlnet": (ControlNet, ControlNetConfig, ("ControlNetModel",), "diffusion_pytorch_model", keys.same),
+    "controlnet": (ControlNet, ControlNetConfig, ("ControlNetModel",), "diffusion_pytorch_model", keys.controlnet),
 }
 ADDED = {"controlnet"}  # parts that are no part of a model's folder
 # What else an official model_index.json may list: read elsewhere, or not needed to draw.

@@ -56,7 +56,8 @@ class Tokenizer:
                 raise InputError(f"{self.folder}: the special token {token!r} is not in the vocabulary")
         known = {token.content for token in self.bpe.get_added_tokens_decoder().values()}  # tokenizer.json's own
         self.bpe.add_special_tokens([token for text, token in specials.items() if text not in known])
-        self.pad = self.bpe.token_to_id(content(settings.get("pad_token", END)))
+        pad = settings.get("pad_token", END)
+        self.pad = self.bpe.token_to_id(pad["content"] if isinstance(pad, dict) else pad)
         self.words = {}  # {id of an added word: all its ids}
 
     def open(self):
@@ -90,7 +91,8 @@ class Tokenizer:
     def add(self, word, count=1):
         """Let `word` stand for `count` new ids, which follow all others. Raises InputError for a word already there."""
         first, names = self.bpe.get_vocab_size(), [word, *(f"{word}_{i}" for i in range(1, count))]
-        if not word.strip() or any(self.bpe.token_to_id(name) is not None for name in names):
+        taken = [self.bpe.token_to_id(token) for name in names for token in (name, name.lower() + WORD_END)]
+        if not word.strip() or any(id is not None for id in taken):
             raise InputError(f"{word!r} already is a token, or none at all; choose another word, such as <my-cat>")
         self.bpe.add_tokens([AddedToken(name, single_word=name[0].isalnum()) for name in names])
         self.words[first] = list(range(first, first + count))
@@ -101,10 +103,6 @@ class Tokenizer:
         for name in FILES:
             if (self.folder / name).exists() and self.folder.resolve() != Path(folder).resolve():
                 shutil.copyfile(self.folder / name, Path(folder) / name)
-
-
-def content(token):
-    return token["content"] if isinstance(token, dict) else token
 
 
 def special_tokens(settings):

@@ -49,8 +49,8 @@ class Recipe:
     sample_every: int = option(500, "steps between sample pictures; 0 draws none")
     log_every: int = option(10, "steps between lines of log.jsonl")
 
-    LEAST = {"steps": 1, "batch": 1, "accumulate": 1, "warmup": 0, "clip": 0, "ema": 0, "save_every": 1, "keep": 1,
-             "sample_every": 0, "log_every": 1}
+    LEAST = {"steps": 1, "batch": 1, "accumulate": 1, "lr": 0, "warmup": 0, "weight_decay": 0, "clip": 0, "ema": 0,
+             "save_every": 1, "keep": 1, "sample_every": 0, "log_every": 1}
 
     def __post_init__(self):
         for name, low in self.LEAST.items():

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections import namedtuple
 from contextlib import contextmanager
 from pathlib import Path
@@ -234,11 +235,11 @@ def load_lora(path, models, partial=False):
         raise InputError(f"{path}: {len(strangers)} of {len(entries)} tensors fit no part of this model "
                          f"({', '.join(strangers[:3])}{', ...' * (len(strangers) > 3)}); use a LoRA made for it, "
                          "or --lora-allow-partial")
+    damaged = InputError(f"{path}: the header's lora_adapter_metadata is damaged; fetch the file again")
     try:
-        noted = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
+        noted, found = dict(json.loads(metadata.get("lora_adapter_metadata", "{}"))), {}
     except (ValueError, TypeError):
-        raise InputError(f"{path}: the header's lora_adapter_metadata is damaged; fetch the file again") from None
-    found = {}
+        raise damaged from None
     for name, tensor in stream(path, {name: entry for name, entry in entries.items() if name in fitting}):
         part, spelling, role = places[name]
         found.setdefault((part, known[part][spelling]), {})[role] = tensor
@@ -252,10 +253,25 @@ def load_lora(path, models, partial=False):
         if not fits:
             raise InputError(f"{path}: the LoRA of {part}.{module} does not fit its weight {list(wanted)}; "
                              "use a LoRA made for this model")
-        alpha = noted.get(f"{part}.lora_alpha") or len(a)  # newer diffusers notes it in the header
-        alpha = tensors.get("alpha", (noted.get(f"{part}.alpha_pattern") or {}).get(module, alpha))
-        loras.setdefault(part, {})[module] = a, b, float(alpha)
+        try:
+            alpha = float(tensors["alpha"] if "alpha" in tensors else noted_alpha(noted, part, module, len(a)))
+        except (ValueError, TypeError, AttributeError, re.error):
+            raise damaged from None
+        loras.setdefault(part, {})[module] = a, b, alpha
     return loras
+
+
+def noted_alpha(noted, part, module, rank):
+    """A module's alpha by PEFT's settings, which newer diffusers notes in the header; the rank where they say nothing.
+
+    The names in alpha_pattern are regular expressions for the end of a module's name.
+    """
+    patterns = noted.get(f"{part}.alpha_pattern") or {}
+    ends = (alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module))
+    alpha = float(patterns[module] if module in patterns else next(ends, noted.get(f"{part}.lora_alpha") or rank))
+    if not math.isfinite(alpha):
+        raise ValueError
+    return alpha * math.sqrt(rank) if noted.get(f"{part}.use_rslora") else alpha  # rsLoRA counts alpha / sqrt(rank)
 
 
 def save_lora(states, path, metadata=None, kohya=False):

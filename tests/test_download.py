@@ -158,6 +158,12 @@ def test_no_server(tmp_path):
         download.fetch(url + "/x", tmp_path / "x", pause=0.001)
 
 
+@pytest.mark.parametrize("url", ["http://[half", "http://server:port", "http://a b"])
+def test_no_address(url, tmp_path):
+    with pytest.raises(download.DownloadError, match="is no address"):
+        download.fetch(url + "/x", tmp_path / "x", pause=0.001)
+
+
 def test_json_of_unknown_hash_must_be_json(server, tmp_path):
     server.files["/config.json"] = b'{"a": 1}'
     server.faults = ["flip"]  # breaks the JSON

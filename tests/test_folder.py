@@ -81,6 +81,25 @@ def test_everything_wrong_is_listed_before_anything_is_trained(folder):
     assert len(read_folder(folder, 64, 16, skip=True, say=said.append)) == 3
 
 
+def test_captions_are_read_as_windows_writes_them(folder):
+    """With a byte order mark, carriage returns, ./ before the name, and U+2028, which ends no line in JSON."""
+    (folder / "a.txt").write_bytes(b"\xef\xbb\xbfa red cube\r\n")
+    rows = [{"file_name": "./deep/c.png", "text": "a tall\u2028one"}, {"file_name": "b.JPG", "text": "wide"}]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert [photo.text for photo in read_folder(folder, 64, 16, say=str)] == ["a red cube", "wide", "a tall one"]
+
+
+@pytest.mark.parametrize("line", [b'{"file_name": "a.png", "text": "caf\xe9"}', b'{"file_name": 3, "text": "x"}',
+                                  b'{"file_name": null, "text": "x"}', b"[" * 100_000])
+def test_a_bad_line_of_metadata_is_listed(line, folder):
+    (folder / "metadata.jsonl").write_bytes(b'{"file_name": "deep/c.png", "text": "x"}\n' + line)
+    said = []
+    with pytest.raises(InputError, match="1 problems"):
+        read_folder(folder, 64, 16, say=said.append)
+    assert "metadata.jsonl, line 2: expected a JSON object in UTF-8 with file_name and text" in said[0]
+
+
 def test_a_folder_without_pictures_is_refused(tmp_path):
     for name, words in (("nowhere", "no such folder"), (".", "no usable picture")):
         with pytest.raises(InputError, match=words):
@@ -89,7 +108,7 @@ def test_a_folder_without_pictures_is_refused(tmp_path):
 
 def test_settings_that_make_no_sense_are_refused(folder, capsys):
     for flags, words in ((("--lora-rank", "-3"), "--lora-rank must be at least 0, not -3"),
-                         (("--lora-alpha", "nan"), "--lora-alpha must be at least 0, not nan"),
+                         (("--lora-alpha", "nan"), "argument --lora-alpha: invalid float value: 'nan'"),
                          (("--balanced", "--min-snr", "5"), "--balanced and --min-snr are two weightings"),
                          (("--side", "8"), "--side 8: must be at least 16")):
         assert train.main(["t2i", "--data", str(folder), "--model", str(tiny.folder()), "--steps", "1", "--out",

@@ -115,6 +115,9 @@ SPELLINGS = {
                   (".lora.up.weight", ".lora_linear_layer.up.weight"), None),
     "diffusers, older": (f"unet.{UNET.replace('to_out.0', 'processor.to_out')}", f"text_encoder.text_model.{TEXT}",
                          "_lora.down.weight", "_lora.up.weight", None),
+    "diffusers, oldest": (f"unet.{UNET.replace('to_out.0', 'processor.to_out')}",
+                          f"text_encoder.text_model.{TEXT.replace('q_proj', 'to_q')}",
+                          "_lora.down.weight", "_lora.up.weight", None),
     "PEFT": (f"unet.{UNET}", f"text_encoder.text_model.{TEXT}", ".lora_A.weight", ".lora_B.weight", None),
     "PEFT, named": (f"base_model.model.{UNET}", f"text_encoder.text_model.{TEXT}", ".lora_A.default.weight",
                     ".lora_B.default.weight", None),
@@ -193,9 +196,11 @@ def test_alpha_may_stand_in_the_header(tmp_path, pipeline):
     save_weights(tensors, path, {"lora_adapter_metadata": json.dumps(noted)})
     found = load_lora(path, parts(pipeline))
     assert found["unet"][UNET][2] == 2 and found["text_encoder"][module][2] == 5
-    save_weights(tensors, path, {"lora_adapter_metadata": "{"})
-    with pytest.raises(InputError, match="lora_adapter_metadata is damaged"):
-        load_lora(path, parts(pipeline))
+    for damaged in ('{', '{"unet.lora_alpha": "x"}', '{"unet.alpha_pattern": [1]}', '{"unet.lora_alpha": NaN}',
+                    '{"unet.alpha_pattern": {"(": 3}}'):
+        save_weights(tensors, path, {"lora_adapter_metadata": damaged})
+        with pytest.raises(InputError, match="lora_adapter_metadata is damaged"):
+            load_lora(path, parts(pipeline))
 
 
 def test_the_rest_is_used_when_asked(tmp_path, pipeline):
@@ -241,6 +246,28 @@ def test_diffusers_draws_the_same_with_our_files(kohya, tmp_path):
         tmp_path / "ours.safetensors", unet_config=other.config)[:2]
     plain = peer_outputs(other, **theirs)["prediction"]
     diffusers.StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, other)
+    expected = peer_outputs(other, **theirs)["prediction"]
+    assert peers.distance(plain, expected) > 1e-3
+    assert peers.distance(outputs(unet, **given)["prediction"], expected) <= 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("more", [{}, {"alpha_pattern": {"to_q": 9, "attn2.to_k": 5}}, {"use_rslora": True}])
+def test_diffusers_files_with_alpha_in_the_header_draw_the_same(more, tmp_path):
+    diffusers, peft = pytest.importorskip("diffusers"), pytest.importorskip("peft")
+    _, unet, given = peers.ours("unet", "sdxl")
+    _, other, theirs = peers.peer("unet", "sdxl")
+    given, theirs = ({key: x.float() for key, x in values.items()} for values in (given, theirs))
+    other.add_adapter(peft.LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "to_k"], init_lora_weights=False,
+                                      **more))
+    diffusers.StableDiffusionXLPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=peft.get_peft_model_state_dict(other),
+        unet_lora_adapter_metadata=other.peft_config["default"].to_dict())
+    found = load_lora(tmp_path / "pytorch_lora_weights.safetensors", {"unet": unet})["unet"]
+    outputs, peer_outputs = peers.ours("unet", "sdxl")[0], peers.peer("unet", "sdxl")[0]
+    plain = outputs(unet, **given)["prediction"]
+    for name, (a, b, alpha) in found.items():
+        lora.add(unet.get_submodule(name), "x", a, b, alpha)
     expected = peer_outputs(other, **theirs)["prediction"]
     assert peers.distance(plain, expected) > 1e-3
     assert peers.distance(outputs(unet, **given)["prediction"], expected) <= 1e-6

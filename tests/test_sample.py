@@ -153,9 +153,13 @@ WRONG = {
     "--size 64": "--size 64: expected two whole numbers such as 64x64",
     "--size 0x0": "--size 0x0",
     "--lora nothing.safetensors": "nothing.safetensors: cannot read it (No such file or directory)",
+    "--lora a.safetensors:nan": "--lora a.safetensors:nan: 'nan' is no number; write FILE:0.8",
     "--lora a.safetensors:1.2.3": "--lora a.safetensors:1.2.3: '1.2.3' is no number; write FILE:0.8",
     "--sampler eular": "--sampler eular: unknown; choose one of euler",
     "--steps 0": "--steps 0",
+    "--seed 99999999999999999999": "argument --seed: invalid int value: '99999999999999999999'",
+    "--guidance nan": "argument --guidance: invalid float value: 'nan'",
+    "--guidance inf": "argument --guidance: invalid float value: 'inf'",
     "--steps many": "argument --steps: invalid int value: 'many'",
     "--n 0": "--n 0",
     "--model nowhere": "nowhere: no such file or folder",
@@ -173,9 +177,13 @@ WRONG = {
     "--from photo.png": "photo.png: no minipic settings",
     "--from": "--from: expected one argument",
     "--device gpu": "--device gpu: not available here",
+    "--device meta": "--device meta: not available here",
+    "--device hpu": "--device hpu: not available here",
     "--dtype fp8": "argument --dtype: invalid choice: 'fp8'",
     "--crop 3": "--crop 3: expected two whole numbers such as 64,64",
     "--out text.txt": "--out text.txt: cannot write there",
+    "--film film.txt": "--film film.txt: must be the name of a .png file",
+    "--film text.txt/film.png": "--film text.txt/film.png: cannot write there",
     "--stepz 3": "unrecognized arguments: --stepz 3",
 }
 
@@ -194,6 +202,29 @@ def test_nothing_to_draw_is_said(capsys):
     assert run() == 2 and "nothing to draw; give a prompt" in capsys.readouterr().err
     Path("prompts.txt").write_text("\n\n")
     assert run("--prompts", "prompts.txt") == 2
+
+
+def test_a_prompt_that_is_no_text_is_said(capsys):
+    assert run("a red \udcff cube") == 2  # what Python makes of a byte that is no UTF-8
+    assert "a prompt is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory. Tried to allocate 20.00 GiB", "can't allocate memory: 9 bytes"])
+def test_too_little_memory_is_one_sentence(words, capsys, monkeypatch):
+    def steps(*given, **settings):
+        raise RuntimeError(f"first line: {words}\nand many others")
+    monkeypatch.setattr(Pipeline, "steps", steps)
+    assert run(PROMPT) == 2
+    assert capsys.readouterr().err == "sample.py: not enough memory; choose a smaller --size, or --dtype bf16\n"
+    words = "an illegal memory access"
+    with pytest.raises(RuntimeError):
+        run(PROMPT)
+
+
+def test_a_lora_may_lie_in_any_folder():
+    assert sample.cut("a.safetensors/b.safetensors:0.8") == ("a.safetensors/b.safetensors", "0.8")
+    assert sample.cut("C:\\loras\\b.safetensors") == ("C:\\loras\\b.safetensors", "")
+    assert sample.cut("word.safetensors:<a/b>") == ("word.safetensors", "<a/b>") and sample.cut("other") == ("other", "")
 
 
 def test_selftest_compares(capsys):

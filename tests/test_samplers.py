@@ -123,6 +123,16 @@ def test_every_step_is_yielded_at_its_noise_level(sampler):
         assert not x0.any() and abs(x.std() - sigma) <= 0.01 * sigma + 1e-6  # 0.01 is six standard errors
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_noise_may_be_left_to_the_sampler(sampler):
+    sigmas, x = torch.tensor([8.0, 3.0, 1.0, 0.0]), torch.full((1, 4, 2, 2), 8.0)
+    draws = []
+    for noise in (None, lambda i: torch.randn_like(x)):
+        torch.manual_seed(0)
+        draws.append(last(SAMPLERS[sampler](lambda x, sigma: x / (1 + sigma**2), x, sigmas, noise)))
+    assert torch.equal(*draws)
+
+
 def test_calls_of_the_network():
     """Steps with one call each, heun two but for the last; the noise is asked for once a step, in order."""
     sigmas = torch.tensor([2.0, 1, 0.5, 0])

@@ -228,6 +228,13 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, capsys, kind):
 @pytest.mark.parametrize("flags, words", [
     (["toy", "--lr", "fast"], "--lr"), (["toy", "--steps", "1.5"], "--steps"), (["toy", "--step", "1"], "--step 1"),
     (["toy", "--schedule", "zigzag"], "zigzag"), (["toys"], "unknown recipe 'toys'"), (["toy", "--ema", "1"], "--ema"),
+    (["toy", "--lr", "-1"], "--lr must be at least 0"), (["toy", "--lr", "nan"], "--lr: invalid float value: 'nan'"),
+    (["toy", "--weight-decay", "-0.1"], "--weight-decay must be at least 0"),
+    (["toy", "--seed", str(2**64)], f"--seed: invalid int value: '{2**64}'"),
+    (["judge", "--pool", "0"], "--pool must be at least 1"), (["clip", "--scenes", "2"], "--scenes must be at least 4"),
+    (["vae", "--kl-weight", "-1"], "--kl-weight must be at least 0"),
+    (["dreambooth", "--data", "x", "--prior", "y", "--prior-pictures", "0"], "--prior-pictures must be at least 1"),
+    (["inversion", "--data", "x", "--vectors", "0"], "--vectors must be at least 1"),
     (["toy", "--batch", "0"], "--batch must be at least 1"), (["toy", "--accumulate", "3"], "--accumulate 3"),
     (["toy", "--fsdp"], "torchrun"), (["toy", "--checkpointing"], "recompute"), (["toy", "--clip", "nan"], "--clip"),
 ], ids=str)

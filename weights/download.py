@@ -64,6 +64,8 @@ def fetch(url, target, size=None, sha256=None, pause=1.0):
                 raise DownloadError(f"{url}: the server answers {error.code} ({error.reason}); "
                                     "check the address or try another --mirror") from None
             fruitless, reason = fruitless + 1, f"the server answers {error.code}"
+        except (ValueError, http.client.InvalidURL) as error:
+            raise DownloadError(f"{url}: is no address ({error}); check --mirror") from None
         except NETWORK as error:
             fruitless, reason = 0 if length_of(part) > before else fruitless + 1, getattr(error, "reason", error)
         if fruitless == ATTEMPTS:

@@ -4,9 +4,12 @@ Each is a generator sampler(denoise, x, sigmas, noise=None) that yields (x, x0) 
 noise level and the prediction of the clean data that led there. `denoise(x, sigma) -> x0` is the model
 (Objective.denoiser), x [B,...] starts at level sigmas[0], `sigmas` [n+1] falls, and `noise(i)` gives fresh unit noise
 for step i to the sampler that adds some. Edit a yielded x in place and the next step goes on from the edited one
-(`keep` does). Every formula is in the coordinate x = x0 + sigma * noise, where a deterministic step only moves x along
-the straight line through x0. Karras et al., 2206.00364.
+(`keep` does). Without `noise` it is drawn from PyTorch's own generator. Every formula is in the coordinate
+x = x0 + sigma * noise, where a deterministic step only moves x along the straight line through x0. Karras et al.,
+2206.00364.
 """
+
+import torch
 
 
 def euler(denoise, x, sigmas, noise=None):
@@ -22,14 +25,14 @@ def euler(denoise, x, sigmas, noise=None):
         yield x, x0
 
 
-def euler_ancestral(denoise, x, sigmas, noise):
+def euler_ancestral(denoise, x, sigmas, noise=None):
     """Step below the next level and add fresh noise up to it, so that the noise present is renewed step by step."""
     for i in range(len(sigmas) - 1):
         x0 = denoise(x, sigmas[i])
         slope = (x - x0) / sigmas[i]
         down = sigmas[i + 1] ** 2 / sigmas[i]
         up = (sigmas[i + 1] ** 2 - down**2) ** 0.5  # the variances of old and new noise add up to the next level's
-        x = x + slope * (down - sigmas[i]) + up * noise(i)
+        x = x + slope * (down - sigmas[i]) + up * (noise(i) if noise else torch.randn_like(x))
         yield x, x0
 
 

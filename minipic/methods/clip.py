@@ -45,6 +45,8 @@ class Recipe(Base):
     scenes: int = option(10000, "different pictures, drawn before training starts")
     vocabulary: int = option(1024, "tokens of the vocabulary, at most; the captions' words need about 700")
 
+    LEAST = Base.LEAST | {"scenes": FAMILY}
+
 
 class Towers(nn.Module):
     """The three towers and what only training needs: the first encoder's projection, two temperatures, heads."""

@@ -33,12 +33,12 @@ class Recipe(t2i.Recipe):
     ema: float = option(0.0, "decay of the weight average that is exported; 0: none")
     drop: float = option(0.0, "share of captions left out")
 
+    LEAST = t2i.Recipe.LEAST | {"prior_pictures": 1, "prior_weight": 0}
+
     def __post_init__(self):
         super().__post_init__()
         if not self.data or not self.prior:
             raise InputError('dreambooth needs --data FOLDER, pictures of the subject, and --prior "a dog", its class')
-        if self.prior_pictures < 1 or self.prior_weight < 0:
-            raise InputError("--prior-pictures must be at least 1 and --prior-weight at least 0")
 
 
 def data(pipeline, config):

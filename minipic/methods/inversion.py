@@ -25,12 +25,12 @@ class Recipe(t2i.Photos):
     ema: float = option(0.0, "decay of the average of the vectors that is exported; 0: none")
     weight_decay: float = option(0.0, "AdamW's decay, which would draw the vectors to zero")
 
+    LEAST = t2i.Photos.LEAST | {"vectors": 1}
+
     def __post_init__(self):
         super().__post_init__()
         if not self.data:
             raise InputError("--data: name a folder of pictures that show what the word means")
-        if self.vectors < 1:
-            raise InputError(f"--vectors must be at least 1, not {self.vectors}")
 
 
 def build(config):

@@ -30,6 +30,8 @@ class Recipe(Base):
     lr: float = option(3e-3, "peak learning rate")
     pool: int = option(16000, "different scenes to render; each comes again with other blur, noise and tint")
 
+    LEAST = Base.LEAST | {"pool": 1}
+
 
 def build(config):
     return Judge()

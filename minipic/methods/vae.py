@@ -32,6 +32,8 @@ class Recipe(Base):
     edge_weight: float = option(0.1, "weight of the differences between neighbouring pixels")
     maps_share: float = option(0.25, "share of depth, normal, segmentation and edge maps among the pictures")
 
+    LEAST = Base.LEAST | {"kl_weight": 0, "edge_weight": 0, "maps_share": 0}
+
 
 def build(config):
     vae = VAE(TINY)
