@@ -118,7 +118,7 @@ def baseline_tables(path=Path(__file__).with_name("baselines.json")):
     for task in dict.fromkeys(row["task"] for row in found["results"]):
         rows = [row for row in found["results"] if row["task"] == task]
         facts = list(next(iter(rows[0]["at"].values())))
-        heads = [task, "steps", *facts, "trained weights", "file", "s/step"]
+        heads = [task, "steps", "seeds", *facts, "trained weights", "file", "s/step"]
         yield from ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
         for name in dict.fromkeys(row["name"] for row in rows):
             seeds = [row for row in rows if row["name"] == name]
@@ -127,9 +127,9 @@ def baseline_tables(path=Path(__file__).with_name("baselines.json")):
                 f"{statistics.mean(row['seconds a step'] for row in seeds):.2f}"]
             for steps in seeds[0]["at"]:
                 cells = [cell([row["at"][steps][fact] for row in seeds]) for fact in facts]
-                yield "| " + " | ".join([name, "" if steps == "0" else steps, *cells, *cost]) + " |"
-    yield from ["", f"What is counted is told at the top of `{found['command'].split()[1]}`. `{found['command']}`, "
-                f"{found['pictures']} pictures a cell, {found['seeds']} seed(s), mean and spread; {found['date']}, "
+                yield "| " + " | ".join([name, "" if steps == "0" else steps, str(len(seeds)), *cells, *cost]) + " |"
+    yield from ["", "What is counted is told at the top of `tests/benchmarks/cases.py`. `python tests/benchmarks/baselines.py`, "
+                f"{found['pictures']} pictures a cell and seed, mean and spread; {found['date']}, "
                 f"{found['cpu']}, {found['threads']} thread, torch {found['torch']}.", ""]
 
 
