@@ -26,6 +26,7 @@ from minipic.text import Conditioning, Tokenizer, encode, size_ids
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 AT_ONCE = 1024 * 1024  # pixels in all; the VAE's activations are the largest there are: 0.5 GB each in fp32
+WHOLE = 2048 * 2048  # pixels; larger pictures are decoded in tiles: whole, the VAE's last level holds 11 GB in fp32
 AESTHETIC = (6.0, 2.5)  # what the refiner is told of the wanted and the unwanted picture, on a scale to 10 (diffusers)
 
 
@@ -303,8 +304,9 @@ class Pipeline(Adapters):
         """Scaled latents [n,4,h,w] -> n PIL pictures."""
         self.fetch("vae")
         like = next(self.vae.parameters())
-        count = self.at_once((x.shape[3] * self.vae.config.factor, x.shape[2] * self.vae.config.factor))
-        images = torch.cat([self.vae.decode(part) for part in self.vae.unscale(x).to(like).split(count)])
+        size = x.shape[3] * self.vae.config.factor, x.shape[2] * self.vae.config.factor
+        decode = self.vae.decode if math.prod(size) <= WHOLE else self.vae.decode_tiles
+        images = torch.cat([decode(part) for part in self.vae.unscale(x).to(like).split(self.at_once(size))])
         if not images.isfinite().all():
             raise InputError(f"the picture came out as NaN or infinity in {str(like.dtype).removeprefix('torch.')}; "
                              "use --dtype bf16 or fp32")

@@ -232,6 +232,17 @@ def test_another_vae_and_16_bits():
     assert bf16.decode(x)[0].size == (64, 64)
 
 
+def test_large_pictures_are_decoded_in_tiles(monkeypatch):
+    latents, tiles = final(mine(), steps=2, n=2), []
+    whole = mine().decode(latents)
+    monkeypatch.setattr(mine().vae, "decode_tiles", lambda z: tiles.append(len(z)) or mine().vae.decode(z))
+    monkeypatch.setattr("minipic.pipeline.WHOLE", 64 * 64 - 1)
+    assert [x.tobytes() for x in mine().decode(latents)] == [x.tobytes() for x in whole] and tiles == [2]
+    monkeypatch.setattr("minipic.pipeline.WHOLE", 64 * 64)
+    mine().decode(latents)
+    assert tiles == [2]
+
+
 def test_a_black_picture_is_an_error():
     with pytest.raises(InputError, match="NaN or infinity in float32; use --dtype"):
         mine().decode(torch.full((1, 4, 8, 8), torch.nan))

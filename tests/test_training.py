@@ -223,6 +223,18 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, capsys, kind):
     assert all(t.isfinite().all() for t in load_file(at(tmp_path, 10) / "model.safetensors").values())
 
 
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_convolutions_train_channels_last_unless_they_are_sharded(monkeypatch, fsdp):
+    def build(config, plain=toy_recipe.build):
+        model = plain(config)
+        model.conv = torch.nn.Conv2d(2, 2, 3)
+        return model
+    monkeypatch.setattr(toy_recipe, "build", build)
+    run, _ = train.build(toy_recipe, toy_recipe.Recipe(fsdp=fsdp), torch.device("cpu"))
+    assert run.model.conv.weight.is_contiguous() == fsdp
+    assert run.model.conv.weight.is_contiguous(memory_format=torch.channels_last) != fsdp
+
+
 # Command line -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, words", [

@@ -172,6 +172,16 @@ def test_converting_while_loading(monkeypatch, folder, models):
         assert all_equal(loaded(parts, dtype=torch.bfloat16), wanted)
 
 
+def test_convolutions_are_channels_last_in_memory_and_plain_on_disk(folder, tmp_path):
+    part = layouts.open_model(folder).parts["unet"]
+    model = layouts.load_part(part)
+    assert model.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not model.conv_in.weight.is_contiguous()
+    layouts.save_part(model, tmp_path / "again")
+    path, = part.files
+    assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
 def shard(folder, stem, middle=""):
     """Replace a part's file by two shards and their index, as large models are published."""
     path = folder / f"{stem}.safetensors"

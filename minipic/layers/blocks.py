@@ -3,6 +3,7 @@
 Attribute names are those of the official diffusers-layout files.
 """
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -36,7 +37,8 @@ def group_norm(x, norm, silu=False, backend=None):
     """x [B,C,H,W], in any memory format, and an nn.GroupNorm -> like x; `silu`: the activation after it."""
     if fused := kernels(backend):
         return fused.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
-    return F.silu(norm(x)) if silu else norm(x)
+    # In place where nothing is learnt: for a large picture, to ask the system for memory takes longer than to compute.
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled()) if silu else norm(x)
 
 
 def layer_norm(x, norm, backend=None):
@@ -70,9 +72,9 @@ class ResnetBlock(nn.Module):
     def forward(self, x, temb=None):
         h = self.conv1(group_norm(x, self.norm1, silu=True))
         if temb is not None:
-            h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
+            h += self.time_emb_proj(F.silu(temb))[:, :, None, None]
         h = self.conv2(group_norm(h, self.norm2, silu=True))
-        return self.conv_shortcut(x) + h
+        return h.add_(self.conv_shortcut(x))
 
 
 class Downsample(nn.Module):

@@ -6,7 +6,9 @@ bf16 (`force_upcast` in the file says so).
 """
 
 from dataclasses import asdict, dataclass
+from itertools import product
 
+import torch
 import torch.nn as nn
 
 from minipic.common import from_json
@@ -137,7 +139,10 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z):
-        x = self.mid_block(self.conv_in(z))
+        return self.up(self.mid_block(self.conv_in(z)))
+
+    def up(self, x):
+        """What the middle made of z [B,C,h,w] -> picture [B,3,f*h,f*w]."""
         for level in self.up_blocks:
             x = level(x)
             for upsample in level.upsamplers:
@@ -161,6 +166,25 @@ class VAE(nn.Module):
     def decode(self, z):
         """z [B,C,h,w], unscaled -> image [B,3,f*h,f*w] in about [-1,1]."""
         return self.decoder(self.post_quant_conv(z))
+
+    def decode_tiles(self, z, side=128, overlap=32):
+        """`decode` with the way up, which takes the memory, in tiles of `side` x `side` latent pixels that share
+        `overlap` with their neighbours and fade into them. Near to what `decode` gives, not equal: on the way up
+        GroupNorm sees one tile alone."""
+        f, (height, width) = self.config.factor, z.shape[2:]
+        middle = self.decoder.mid_block(self.decoder.conv_in(self.post_quant_conv(z)))
+        picture = z.new_zeros(len(z), self.config.out_channels, f * height, f * width, dtype=torch.float32)
+        weights = torch.zeros_like(picture[:1, :1])
+        rows, columns = ([max(0, min(start, n - side)) for start in range(0, max(1, n - overlap), side - overlap)]
+                         for n in (height, width))
+        for y, x in product(rows, columns):
+            tile = self.decoder.up(middle[..., y:y + side, x:x + side])
+            inward = [torch.arange(n, device=z.device) + 0.5 for n in tile.shape[2:]]  # pixels from either edge
+            down, across = (torch.minimum(i, len(i) - i).clamp(max=f * overlap) for i in inward)
+            here = ..., slice(f * y, f * y + len(down)), slice(f * x, f * x + len(across))
+            picture[here] += tile * down[:, None] * across
+            weights[here] += down[:, None] * across
+        return (picture / weights).to(z.dtype)
 
     def scale(self, z):
         """Latent -> what the UNet sees, of standard deviation about 1."""

@@ -48,7 +48,8 @@ def results(text):
     before, _, after = text.split(RESULTS)
     quality, loading, world = (json.loads(Path(__file__).with_name(f"{name}.json").read_text())
                                for name in ("quality", "loading", "world"))
-    lines = [*quality_table(quality), *loading_table(loading), *world_lines(world), *speed_table(), *baseline_tables()]
+    lines = [*quality_table(quality), *loading_table(loading), *world_lines(world), *speed_table(), *program_lines(),
+             *baseline_tables()]
     return RESULTS.join([before, "\n".join(lines), after])
 
 
@@ -106,6 +107,16 @@ def speed_table(folder=Path(__file__).parent):
     yield from ["", "Processor time of one thread on a CPU, time on a GPU. " + " ".join(
         f"`{found['command']}`, {found['date']}, {found['gpu'] or found['cpu']}, torch {found['torch']}."
         for found in measured), ""]
+
+
+def program_lines(path=Path(__file__).with_name("programs.json")):
+    """The programs on the tiny model, before and after the last change for speed."""
+    if path.exists():
+        found = json.loads(path.read_text())
+        yield from ["On the tiny model: " + "; ".join(
+            f"a {what} takes {row['now']:.2f} s instead of {row['before']:.2f} s ({row['before'] / row['now']:.2f} times as "
+            "fast)" for what, row in found["results"].items()) + f". Processor time of one thread, against commit "
+            f"{found['before']}; `{found['command']}`, {found['date']}, {found['cpu']}, torch {found['torch']}.", ""]
 
 
 def baseline_tables(path=Path(__file__).with_name("baselines.json")):

@@ -62,10 +62,11 @@ class Case(NamedTuple):
         return "-".join(map(str, self))
 
     def network(self, part):
-        """The tiny network as shipped, or SDXL's in full size with random weights that keep numbers near 1."""
+        """The tiny network as shipped, or SDXL's in full size with random weights that keep numbers near 1; either as
+        load_part has it, channels-last."""
         if self.size == "tiny":
             return load_part(open_part(ROOT / "weights" / "tiny" / part, part), DTYPES[self.kind], DEVICE)
-        model = blank(*FULL[part]).to(DTYPES[self.kind]).to_empty(device=DEVICE)
+        model = blank(*FULL[part]).to(DTYPES[self.kind]).to_empty(device=DEVICE).to(memory_format=torch.channels_last)
         for name, p in model.named_parameters():
             if p.ndim > 1:
                 p.data.normal_(std=p[0].numel() ** -0.5)
@@ -85,10 +86,10 @@ def options(doc, cases):
 
 
 def peer_of(model):
-    """diffusers' network of the same config on the same weights: no second copy in memory."""
+    """diffusers' network of the same config on the same weights: no second copy, but for convolutions' in plain order."""
     with torch.device("meta"):
         other = peers.build_peer(model.config)
-    other.load_state_dict(model.state_dict(), assign=True)
+    other.load_state_dict({name: x.contiguous() for name, x in model.state_dict().items()}, assign=True)
     return other.eval()
 
 
