@@ -19,7 +19,7 @@ from minipic.common import InputError
 from minipic.diffusion.guidance import combine, rescale as rescale_to
 from minipic.diffusion.samplers import SAMPLERS, keep
 from minipic.diffusion.schedule import Schedule
-from minipic.image import cover, to_pictures, to_tensor
+from minipic.image import cover, flatten, to_pictures, to_tensor
 from minipic.layers import lora
 from minipic.layouts import blank, load_part, open_model, open_vae, save_folder
 from minipic.text import Conditioning, Tokenizer, encode, size_ids
@@ -51,8 +51,8 @@ class Pipeline(Adapters):
 
         `dtype` (default float32) and `device` (default CPU) of the networks; in float16 a VAE that would overflow stays
         float32. `vae`: another VAE's folder or file. `lazy`: read each network when it is needed and free the text
-        encoders before the UNet. `check_hashes`: accept official files only. `lora`: files, or (file, scale) pairs,
-        see `add_lora`. Raises InputError naming what is wrong.
+        encoders before the UNet. `check_hashes`: accept official files only. `lora`: a file, files, or pairs of (file,
+        scale), see `add_lora`. Raises InputError naming what is wrong.
         """
         dtype, path = dtype or torch.float32, Path(path)
         source = open_model(path, half=dtype != torch.float32, check_hashes=check_hashes)
@@ -71,7 +71,7 @@ class Pipeline(Adapters):
         if not lazy:
             pipeline.fetch(*parts)
             pipeline.lazy = {}
-        for file in lora:
+        for file in [lora] if isinstance(lora, (str, Path)) else lora:
             pipeline.add_lora(*(file if isinstance(file, tuple) else (file,)))
         return pipeline
 
@@ -158,6 +158,8 @@ class Pipeline(Adapters):
         and how closely, 1 as trained, 0 not at all: [(picture, scale), ...]. edit: a PIL picture that the prompt says
         how to change, for a model trained to; image_guidance: how much to stay with it, 1 or less is off.
         """
+        image, edit = (picture and flatten(picture) for picture in (image, edit))
+        control = [(flatten(picture), scale) for picture, scale in control]
         size, sampler, grid = self.plan(steps, n, size, sampler, image, strength, mask, control, edit, image_guidance,
                                         refiner)
         text, factor, objective = self.encode(prompt, negative), self.vae.config.factor, self.schedule.objective

@@ -250,7 +250,7 @@ def test_from_the_command_to_a_picture(tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("edit --side 60", "--side must be a multiple of 16"), ("edit --drop 0.7", "--drop must be 0 to 0.6"),
+    ("edit --side 60", "--side must be a multiple of 16"), ("edit --drop 0.7", "--drop must be at most 0.6"), ("edit --drop -1", "--drop must be at least 0"),
     ("edit --model 9", "takes 9 channels, which this recipe cannot train"),
     ("t2i --model 8", "takes 8 channels, which this recipe cannot train"),
     ("controlnet --model 8", "takes 8 channels, which this recipe cannot train"),

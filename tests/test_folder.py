@@ -109,7 +109,8 @@ def test_a_folder_without_pictures_is_refused(tmp_path):
 def test_settings_that_make_no_sense_are_refused(folder, capsys):
     for flags, words in ((("--lora-rank", "-3"), "--lora-rank must be at least 0, not -3"),
                          (("--lora-alpha", "nan"), "argument --lora-alpha: invalid float value: 'nan'"),
-                         (("--balanced", "--min-snr", "5"), "--balanced and --min-snr are two weightings"),
+                         (("--drop", "2"), "--drop must be at most 1"), (("--min-snr", "-1"), "--min-snr must be at least 0"),
+                         (("--scenes", "0"), "--scenes must be at least 1"), (("--balanced", "--min-snr", "5"), "--balanced and --min-snr are two weightings"),
                          (("--side", "8"), "--side 8: must be at least 16")):
         assert train.main(["t2i", "--data", str(folder), "--model", str(tiny.folder()), "--steps", "1", "--out",
                            str(folder.parent / "run"), *flags]) == 2

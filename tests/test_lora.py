@@ -92,6 +92,14 @@ def test_merged_equals_beside_and_unmerged_is_the_same_bits():
 def test_no_such_layer_is_an_error():
     with pytest.raises(ValueError, match="'nothing'"):
         lora.inject(small(), rank=4, match="nothing")
+    model = small()
+    with pytest.raises(ValueError, match="rank must be at least 1, not 0"):
+        lora.inject(model, rank=0, match=".*to_q")
+    lora.inject(model, rank=4, match=".*to_q")
+    before = lora.lora_state_dict(model)
+    with pytest.raises(ValueError, match="already has a LoRA called 'default'"):
+        lora.inject(model, rank=4, match=".*to_q")
+    assert all(torch.equal(x, before[name]) for name, x in lora.lora_state_dict(model).items())
 
 
 @pytest.mark.parametrize("config", [SDXL_BASE, SDXL_REFINER, SD15])
@@ -226,6 +234,7 @@ def test_pipeline_draws_with_loras_and_without_again(tmp_path):
     build(folder=folder)
     for lazy in (False, True):
         assert torch.equal(draw(Pipeline.load(folder, lazy=lazy, lora=[(path, 0.5)])), with_lora)
+    assert torch.equal(draw(Pipeline.load(folder, lora=path)), draw(Pipeline.load(folder, lora=[path])))
 
 
 # Peers ------------------------------------------------------------------------------------------------------------

@@ -180,6 +180,14 @@ def test_masked_part_stays():
     assert ((latent[..., :7] - known[..., :7]).abs() > 0.1).float().mean() > 0.9
 
 
+def test_pictures_of_any_mode_are_taken():
+    model = tiny.build()
+    draw = lambda start: list(model.latents(PROMPT, steps=3, image=start))[-1]
+    for mode in ("RGBA", "L", "P"):
+        start = picture().convert(mode)
+        assert torch.equal(draw(start), draw(start.convert("RGB"))), mode
+
+
 def test_the_predictions_arrive_at_the_picture():
     for x, x0 in mine().steps(PROMPT, steps=4, sampler="euler"):
         assert x.shape == x0.shape == (1, 4, 16, 16) and not x.requires_grad

@@ -67,7 +67,7 @@ def test_draws_what_is_asked(pipeline):
     asked = [parse(prompt) for prompt in PROMPTS for _ in range(2)]
     score = probe.accuracy(asked, probe.read(judge, torch.stack(images)))
     swapped = probe.accuracy(asked[2:] + asked[:2], probe.read(judge, torch.stack(images)))
-    least = {"color": 0.9, "place": 0.9, "size": 0.9, "shape": 0.8, "whole": 0.7}  # README's results: a little more
+    least = {"color": 0.9, "place": 0.9, "size": 0.9, "shape": 0.9, "whole": 0.85}  # README's results: a little more
     assert all(score[fact] >= share for fact, share in least.items()), score
     assert swapped["color"] <= 0.25 and swapped["shape"] <= 0.25 and swapped["whole"] == 0
 

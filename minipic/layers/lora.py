@@ -48,8 +48,12 @@ def inject(model, rank, alpha=None, match=ATTENTION, name="default"):
     fp32 whatever the model is in.
 
     A is random as a Linear's start, B zero: the output stays what it was, bit for bit. alpha: `rank` if None. All else
-    in the model is frozen. `name` is what `set_scale` calls it. Raises ValueError if nothing matches.
+    in the model is frozen. `name` is what `set_scale` calls it. Raises ValueError if nothing matches, for a rank below 1
+    and for a name that is taken.
     """
+    if rank < 1:
+        raise ValueError(f"a LoRA's rank must be at least 1, not {rank}")
+
     def build(_, module):
         a = torch.empty(rank, *module.weight.shape[1:], device=module.weight.device)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
@@ -74,6 +78,8 @@ def add(module, name, a, b, alpha=None):
         module.ranks, module.original = {}, None  # {name: [R, alpha / R, scale]}; the weight without what was merged
     elif module.original is not None:
         raise ValueError("the LoRAs of this model are merged; unmerge before adding one")
+    if name in module.ranks:
+        raise ValueError(f"this model already has a LoRA called {name!r}; give another name")
     a, b = a.to(module.weight.device), b.to(module.weight.device)
     if module.ranks:
         a, b = torch.cat([module.lora_A.weight, a]), torch.cat([module.lora_B.weight, b], 1)

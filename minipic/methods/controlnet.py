@@ -28,6 +28,8 @@ class Recipe(t2i.Denoising):
     scenes: int = option(4000, "different pictures; their latents and maps are kept in memory")
     drop: float = option(0.3, "share of captions left out, so that the map must say it (the paper: 0.5)")
 
+    LEAST = t2i.Denoising.LEAST | {"scenes": 1}
+
     def __post_init__(self):
         super().__post_init__()
         if self.side % 16:

@@ -25,12 +25,14 @@ class Recipe(t2i.Denoising):
     scenes: int = option(8000, "different pairs; their latents are kept in memory")
     drop: float = option(0.1, "share of instructions left out, half with the picture; as often the picture alone is")
 
+    LEAST = t2i.Denoising.LEAST | {"scenes": 1}
+
     def __post_init__(self):
         super().__post_init__()
         if self.side % 16:
             raise InputError(f"--side must be a multiple of 16, not {self.side}")
-        if not 0 <= self.drop <= 0.6:
-            raise InputError(f"--drop must be 0 to 0.6, not {self.drop}")
+        if self.drop > 0.6:
+            raise InputError(f"--drop must be at most 0.6, not {self.drop}")
 
 
 def build(config):

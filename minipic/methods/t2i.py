@@ -47,11 +47,14 @@ class Denoising(Base):
     logit_normal: float = option(0.0, "train middle noise levels more often: spread of a normal number whose sigmoid "
                                  "is the timestep, 1 in Stable Diffusion 3; 0: all alike")
     balanced: bool = option(False, "weights under which all noise levels of a trained network count about alike")
+    drop: float = option(0.1, "share of captions left out, for guidance: half zeros, half the empty prompt")
 
-    LEAST = Base.LEAST | {"side": 0, "logit_normal": 0}
+    LEAST = Base.LEAST | {"side": 0, "min_snr": 0, "logit_normal": 0, "drop": 0}
 
     def __post_init__(self):
         super().__post_init__()
+        if self.drop > 1:
+            raise InputError(f"--drop must be at most 1, not {self.drop}")
         if self.balanced and self.min_snr:
             raise InputError("--balanced and --min-snr are two weightings of the loss; give one of them")
 
@@ -65,7 +68,6 @@ class Photos(Denoising):
     caption: str = option("", "caption of the pictures of --data that have none")
     cache: str = option("", "folder that keeps the pictures and captions of --data encoded, for the next run too")
     bad_images: str = option("error", "what to do about pictures of --data that cannot be used", ("error", "skip"))
-    drop: float = option(0.1, "share of captions left out, for guidance: half zeros, half the empty prompt")
 
     def __post_init__(self):
         super().__post_init__()
@@ -88,7 +90,7 @@ class Recipe(Photos):
                              "where it is decided what stands where", ("epsilon", "v_prediction"))
     train_text: bool = option(False, "train the text encoders too")
 
-    LEAST = Denoising.LEAST | {"lora_rank": 0, "lora_alpha": 0}
+    LEAST = Denoising.LEAST | {"lora_rank": 0, "lora_alpha": 0, "scenes": 1}
 
     def __post_init__(self):
         super().__post_init__()
