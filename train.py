@@ -133,8 +133,8 @@ def build(recipe, config, device):
     model = recipe.build(config)
     ids = {id(p) for p in recipe.setup(model, config)}
     names = {name for name, p in model.named_parameters() if id(p) in ids}
-    order = torch.contiguous_format if config.fsdp else torch.channels_last  # see load_part; FSDP shards no other order
-    model.to(device, memory_format=order).train()
+    fast = config.precision == "bf16" and not config.fsdp  # see load_part; FSDP shards no other order
+    model.to(device, memory_format=torch.channels_last if fast else torch.preserve_format).train()
     for name, p in model.named_parameters():
         p.requires_grad_(name in names)
     able = [module for module in model.modules() if hasattr(module, "checkpointing")]

@@ -395,7 +395,7 @@ def test_pictures_that_keep_one_value_can_still_be_drawn_from(kept, tmp_path):
     ("--controlnet HERE --control nowhere.png", "nowhere.png: no such picture"),
     ("--controlnet nowhere --control control.png", "nowhere"),
     ("--controlnet HERE --control control.png --control-scale -1", "--control-scale -1.0: choose 0"),
-    ("--controlnet HERE --control control.png --control-scale nan", "--control-scale nan"),
+    ("--controlnet HERE --control control.png --control-scale nan", "--control-scale: invalid float value: 'nan'"),
     ("--controlnet HERE --control control.png --control-scale much", "argument --control-scale: invalid float")])
 def test_a_wrong_value_is_one_sentence(flags, words, folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -150,7 +150,7 @@ WRONG = {  # channels and flags: words of the refusal
     (8, "--image p.png --mask m.png"): "this model edits pictures; name one with --edit",
     (8, "--edit nowhere.png"): "nowhere.png: no such picture",
     (8, "--edit p.png --image-guidance -1"): "--image-guidance -1.0: choose 1",
-    (8, "--edit p.png --image-guidance nan"): "--image-guidance nan",
+    (8, "--edit p.png --image-guidance nan"): "--image-guidance: invalid float value: 'nan'",
     (8, "--edit p.png --image-guidance much"): "argument --image-guidance: invalid float",
     (8, "--edit p.png --size 60x64"): "--size 60x64: width and height must be multiples of 8",
     (9, ""): "this model fills in parts of pictures; name one with --image, and the part with --mask",

@@ -223,16 +223,17 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, capsys, kind):
     assert all(t.isfinite().all() for t in load_file(at(tmp_path, 10) / "model.safetensors").values())
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_convolutions_train_channels_last_unless_they_are_sharded(monkeypatch, fsdp):
+@pytest.mark.parametrize("precision, fsdp", [("bf16", False), ("bf16", True), ("fp32", False)])
+def test_convolutions_train_channels_last_in_bf16_unless_they_are_sharded(monkeypatch, precision, fsdp):
     def build(config, plain=toy_recipe.build):
         model = plain(config)
         model.conv = torch.nn.Conv2d(2, 2, 3)
         return model
     monkeypatch.setattr(toy_recipe, "build", build)
-    run, _ = train.build(toy_recipe, toy_recipe.Recipe(fsdp=fsdp), torch.device("cpu"))
-    assert run.model.conv.weight.is_contiguous() == fsdp
-    assert run.model.conv.weight.is_contiguous(memory_format=torch.channels_last) != fsdp
+    run, _ = train.build(toy_recipe, toy_recipe.Recipe(fsdp=fsdp, precision=precision), torch.device("cpu"))
+    plain = fsdp or precision == "fp32"
+    assert run.model.conv.weight.is_contiguous() == plain
+    assert run.model.conv.weight.is_contiguous(memory_format=torch.channels_last) != plain
 
 
 # Command line -----------------------------------------------------------------------------------------------------

@@ -172,14 +172,15 @@ def test_converting_while_loading(monkeypatch, folder, models):
         assert all_equal(loaded(parts, dtype=torch.bfloat16), wanted)
 
 
-def test_convolutions_are_channels_last_in_memory_and_plain_on_disk(folder, tmp_path):
+def test_convolutions_are_channels_last_in_memory_in_16_bits_and_plain_on_disk(folder, tmp_path):
     part = layouts.open_model(folder).parts["unet"]
-    model = layouts.load_part(part)
+    plain, model = (layouts.load_part(part, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert plain.conv_in.weight.is_contiguous() and not model.conv_in.weight.is_contiguous()
     assert model.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    assert not model.conv_in.weight.is_contiguous()
-    layouts.save_part(model, tmp_path / "again")
     path, = part.files
-    assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+    for name, network in (("plain", plain.bfloat16()), ("model", model)):
+        layouts.save_part(network, tmp_path / name)
+    assert (tmp_path / "plain" / path.name).read_bytes() == (tmp_path / "model" / path.name).read_bytes()
 
 
 def shard(folder, stem, middle=""):

@@ -62,11 +62,12 @@ class Case(NamedTuple):
         return "-".join(map(str, self))
 
     def network(self, part):
-        """The tiny network as shipped, or SDXL's in full size with random weights that keep numbers near 1; either as
-        load_part has it, channels-last."""
+        """The tiny network as shipped, or SDXL's in full size with random weights that keep numbers near 1; either in
+        the order in which load_part has it."""
         if self.size == "tiny":
             return load_part(open_part(ROOT / "weights" / "tiny" / part, part), DTYPES[self.kind], DEVICE)
-        model = blank(*FULL[part]).to(DTYPES[self.kind]).to_empty(device=DEVICE).to(memory_format=torch.channels_last)
+        model = blank(*FULL[part]).to(DTYPES[self.kind]).to_empty(device=DEVICE)
+        model.to(memory_format=torch.channels_last if self.kind == "bf16" else torch.preserve_format)
         for name, p in model.named_parameters():
             if p.ndim > 1:
                 p.data.normal_(std=p[0].numel() ** -0.5)

@@ -19,7 +19,7 @@ def run(case: Case, batch, rounds):
     vae = case.network("vae")
     peer, tolerance = peer_of(vae), 1e-4 if case.kind == "fp32" else 5e-2
     image = torch.randn(batch, 3, case.side, case.side, device=DEVICE, dtype=DTYPES[case.kind]).clamp(-1, 1)
-    z = vae.encode(image)[0]
+    z = vae.encode(image)[0].contiguous()  # the order of x decides how diffusers' network computes
     works = {"decode": {"diffusers": lambda: peer.decode(z).sample, "minipic": lambda: vae.decode(z)},
              "encode": {"diffusers": lambda: peer.encode(image).latent_dist.mean,
                         "minipic": lambda: vae.encode(image)[0]}}
