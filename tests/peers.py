@@ -143,7 +143,7 @@ def peer_outputs(kind):
 
 
 def build_peer(config):
-    """The peer's model of our config, built from the config.json that we write; the test is skipped without the peer."""
+    """The peer's model of our config, built from the config.json that we write; skips the test without it."""
     values = config.to_json()
     if isinstance(config, (UNetConfig, VAEConfig)):
         return getattr(pytest.importorskip("diffusers"), values["_class_name"]).from_config(values)
