@@ -289,19 +289,21 @@ def listed(names, most=3):
 def load_part(part, dtype=None, device="cpu"):
     """Read one part's weights into its network, tensor by tensor: never two copies in memory.
 
-    `dtype` None keeps the file's; then the weights stay mapped to the file and cost memory only when used. In 16 bits
-    the kernels of convolutions become channels-last, and with them all that they compute: the pixels of x are then the
-    tokens of attention without a copy, and on a CPU with AMX convolutions are up to 6 times faster. In fp32 little is
-    to gain, and the order in which diffusers adds up is kept.
-    """
+    `dtype` None keeps the file's; then the weights stay mapped to the file and cost memory only when used."""
     model, state = blank(part.model, part.config), {}
     for path, entries in part.files.items():
         for name, tensor in stream(path, entries):
             for key, x in part.convert(name[len(part.prefix):], tensor):
                 state[key] = x.to(device=device, dtype=dtype)
     model.load_state_dict(state, strict=True, assign=True)
-    half = all(p.element_size() == 2 for p in model.parameters())
-    return model.to(memory_format=torch.channels_last) if half else model
+    return arrange(model) if dtype else model
+
+
+def arrange(model):
+    """The network itself; in 16 bits convolutions are channels-last, and so all that they compute: pixels are tokens
+    without a copy, and bf16 on a CPU with AMX is up to 6 times faster. In fp32 little is to gain, and in this order
+    PyTorch's GroupNorm takes E[x^2] - E[x]^2, which is off by 2e-4 where the mean is 10 deviations."""
+    return model.to(memory_format=torch.channels_last) if next(model.parameters()).itemsize == 2 else model
 
 
 def save_part(model, folder, dtype=None):

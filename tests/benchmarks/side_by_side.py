@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "benchmarks
 import peers  # noqa: E402
 
 from minipic.layers import attention, blocks  # noqa: E402
-from minipic.layouts import blank, load_part, open_part  # noqa: E402
+from minipic.layouts import arrange, blank, load_part, open_part  # noqa: E402
 from minipic.models.unet import SDXL_BASE, UNet  # noqa: E402
 from minipic.models.vae import SDXL_VAE, VAE  # noqa: E402
 
@@ -62,18 +62,16 @@ class Case(NamedTuple):
         return "-".join(map(str, self))
 
     def network(self, part):
-        """The tiny network as shipped, or SDXL's in full size with random weights that keep numbers near 1; either in
-        the order in which load_part has it."""
+        """The tiny network as shipped, or SDXL's in full size with random weights that keep numbers near 1."""
         if self.size == "tiny":
             return load_part(open_part(ROOT / "weights" / "tiny" / part, part), DTYPES[self.kind], DEVICE)
         model = blank(*FULL[part]).to(DTYPES[self.kind]).to_empty(device=DEVICE)
-        model.to(memory_format=torch.channels_last if self.kind == "bf16" else torch.preserve_format)
         for name, p in model.named_parameters():
             if p.ndim > 1:
                 p.data.normal_(std=p[0].numel() ** -0.5)
             else:
                 p.data.fill_(name.endswith("weight"))
-        return model
+        return arrange(model)
 
 
 def options(doc, cases):
@@ -87,10 +85,13 @@ def options(doc, cases):
 
 
 def peer_of(model):
-    """diffusers' network of the same config on the same weights: no second copy, but for convolutions' in plain order."""
+    """diffusers' network of the same config on the same weights: no copies, but for convolutions' in plain order."""
     with torch.device("meta"):
         other = peers.build_peer(model.config)
-    other.load_state_dict({name: x.contiguous() for name, x in model.state_dict().items()}, assign=True)
+    # contiguous() leaves the strides of 1x1 kernels, which would turn all that follows them channels-last
+    plain = {name: x.clone(memory_format=torch.contiguous_format) if x.ndim == 4 else x
+             for name, x in model.state_dict().items()}
+    other.load_state_dict(plain, assign=True)
     return other.eval()
 
 
