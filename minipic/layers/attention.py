@@ -13,10 +13,10 @@ from minipic.common import InputError
 def choose(q, k):
     """The backend for these shapes: PyTorch's fused kernel, but where the measured exceptions are."""
     if q.device.type == "cpu":
-        learns = torch.is_grad_enabled() and k.requires_grad
-        if learns and k.shape[1] <= 256:  # backwards, on few keys, PyTorch's kernel is about 5 times slower
+        learns, bf16 = torch.is_grad_enabled() and k.requires_grad, q.dtype == torch.bfloat16
+        if bf16 and learns and k.shape[1] <= 256:  # backwards, on few keys, PyTorch's kernel is 2 to 4 times slower
             return "math"
-        if q.dtype == torch.bfloat16 and not learns and not torch.cpu._is_amx_tile_supported():
+        if bf16 and not learns and not torch.cpu._is_amx_tile_supported():
             return "chunked"  # without AMX PyTorch's kernel computes bf16 at the speed of fp32
     return "chunked" if q.shape[-1] > 256 and q.is_cuda else "sdpa"  # flash kernels stop at 256
 
