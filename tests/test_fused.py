@@ -20,8 +20,6 @@ from minipic.models.unet import UNet, UNetConfig
 from minipic.models.vae import VAE, VAEConfig
 
 GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are decorated
 DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 LAYOUTS = {

@@ -14,8 +14,6 @@ import pytest
 import torch
 
 GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are decorated
 triton = pytest.importorskip("triton")
 
 from minipic.layers import kernels  # noqa: E402
