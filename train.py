@@ -133,7 +133,7 @@ def build(recipe, config, device):
     model = recipe.build(config)
     ids = {id(p) for p in recipe.setup(model, config)}
     names = {name for name, p in model.named_parameters() if id(p) in ids}
-    fast = config.precision == "bf16" and not config.fsdp  # see load_part; FSDP shards no other order
+    fast = config.precision == "bf16" and not config.fsdp  # see layouts.order; FSDP shards no other order
     model.to(device, memory_format=torch.channels_last if fast else torch.preserve_format).train()
     for name, p in model.named_parameters():
         p.requires_grad_(name in names)

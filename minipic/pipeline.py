@@ -26,7 +26,7 @@ from minipic.text import Conditioning, Tokenizer, encode, size_ids
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 AT_ONCE = 1024 * 1024  # pixels in all; the VAE's activations are the largest there are: 0.5 GB each in fp32
-WHOLE = 2048 * 2048  # pixels; larger pictures are decoded in tiles: whole, the VAE's last level holds 11 GB in fp32
+WHOLE = 2048 * 2048  # pixels; larger pictures are decoded in tiles: one activation at full size takes 2 to 4 GB in fp32
 AESTHETIC = (6.0, 2.5)  # what the refiner is told of the wanted and the unwanted picture, on a scale to 10 (diffusers)
 
 

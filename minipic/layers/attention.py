@@ -14,7 +14,7 @@ def choose(q, k):
     """The backend for these shapes: PyTorch's fused kernel, but where the measured exceptions are."""
     if q.device.type == "cpu":
         learns, bf16 = torch.is_grad_enabled() and k.requires_grad, q.dtype == torch.bfloat16
-        if bf16 and learns and k.shape[1] <= 256:  # backwards, on few keys, PyTorch's kernel is 2 to 4 times slower
+        if bf16 and learns and k.shape[1] <= 256:  # backwards, on few keys, PyTorch's kernel is up to 4 times slower
             return "math"
         if bf16 and not learns and not torch.cpu._is_amx_tile_supported():
             return "chunked"  # without AMX PyTorch's kernel computes bf16 at the speed of fp32

@@ -22,7 +22,7 @@ class Recipe(t2i.Denoising):
 
     model: str = option("weights/tiny", "pipeline folder or file; it stays as it is")
     control: str = option("edges", "what the pictures follow", ("edges", "depth", "segmentation"))
-    small: bool = option(False, "leave its transformers out, as SDXL's -small ones: a smaller file, deaf to the text")
+    small: bool = option(False, "leave its transformers out, as SDXL's -small ones: a small file, no attention to text")
     steps: int = option(2000, "optimizer steps in all")
     lr: float = option(3e-4, "peak learning rate")
     scenes: int = option(4000, "different pictures; their latents and maps are kept in memory")

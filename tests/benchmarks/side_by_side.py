@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "benchmarks
 import peers  # noqa: E402
 
 from minipic.layers import attention, blocks  # noqa: E402
-from minipic.layouts import arrange, blank, load_part, open_part  # noqa: E402
+from minipic.layouts import blank, load_part, open_part, order  # noqa: E402
 from minipic.models.unet import SDXL_BASE, UNet  # noqa: E402
 from minipic.models.vae import SDXL_VAE, VAE  # noqa: E402
 
@@ -71,7 +71,7 @@ class Case(NamedTuple):
                 p.data.normal_(std=p[0].numel() ** -0.5)
             else:
                 p.data.fill_(name.endswith("weight"))
-        return arrange(model)
+        return model.to(memory_format=order(DTYPES[self.kind]))
 
 
 def options(doc, cases):
