@@ -15,7 +15,6 @@ import dataclasses
 import os
 import re
 import sys
-import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from minipic.common import InputError, bounded, enough_memory, from_argv, option
 from minipic.image import labelled_grid, open_picture, read_settings, save_new, to_tensor
 from minipic.pipeline import Pipeline
+from minipic.weights import writable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LARGE = 1 << 30  # bytes of weights from which a CPU draws in bf16, where it computes in it
@@ -190,11 +190,7 @@ def place(config):
     if config.film and Path(config.film).suffix.lower() != ".png":
         raise InputError(f"--film {config.film}: must be the name of a .png file")
     for flag, name, path in (("out", config.out, single), ("film", config.film, Path(config.film or single))):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=path.parent).close()
-        except OSError as error:
-            raise InputError(f"--{flag} {name}: cannot write there ({error.strerror}); choose another place") from error
+        writable(f"--{flag} {name}", path.parent)
     return single, single.with_name("grid.png" if single.name == "picture.png" else f"{single.stem}-grid.png")
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from minipic import checkpoint, training
 from minipic.common import InputError, enough_memory, from_argv, random
-from minipic.weights import replacing
+from minipic.weights import replacing, writable
 
 RECIPES = {
     "judge": "minipic.methods.judge",
@@ -160,6 +160,7 @@ def resume(run, config, source, rank, say):
     """Load the checkpoint `source`, if any. Returns (steps done, rows of the log so far)."""
     folder, start = Path(config.out, "checkpoints"), checkpoint.load(source, run) if source else 0
     say(f"going on from {source}" if source else f"starting in {config.out}")
+    writable(f"--save {config.save}", config.save)  # not found out after hours of training
     training.wait()  # others may still be reading what the first process tidies
     if rank > 0:
         return start, []

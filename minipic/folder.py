@@ -1,8 +1,8 @@
 """Training pictures from one's own folder: found and checked before training, each in the bucket of its shape.
 
-A picture's caption is in a .txt file of the same name, or in the folder's metadata.jsonl (`file_name` and `text`, as
-Hugging Face's imagefolder has it). Buckets are sizes of about equal area; a picture is scaled until it covers its
-bucket and cut in the middle, and SDXL is told where: size_ids, arXiv 2307.01952 section 2.2.
+A picture's caption is in a .txt file of the same name (.caption, as kohya's scripts have it), or in the folder's
+metadata.jsonl (`file_name` and `text`, as Hugging Face's imagefolder has it). Buckets are sizes of about equal area; a
+picture is scaled to cover its bucket and cut in the middle, and SDXL is told where (size_ids, 2307.01952 section 2.2).
 """
 
 import codecs
@@ -96,7 +96,7 @@ def read_folder(folder, side, step, skip=False, caption="", say=print):
     for path in paths:
         try:
             text = texts.get(path.relative_to(root).as_posix())
-            file = path.with_suffix(".txt")
+            file = min(map(path.with_suffix, (".txt", ".caption")), key=lambda file: not file.exists())
             if text is None:
                 text = caption if caption and not file.exists() else file.read_text(encoding="utf-8-sig")
             if not isinstance(text, str) or not text.strip():
@@ -107,7 +107,7 @@ def read_folder(folder, side, step, skip=False, caption="", say=print):
         except OSError:
             wrong.append(f"{path}: has no caption; write {file.name}, a line in metadata.jsonl or --caption")
         except UnicodeDecodeError:
-            wrong.append(f"{path.with_suffix('.txt')}: is not UTF-8")
+            wrong.append(f"{file}: is not UTF-8")
         except InputError as error:
             wrong.append(str(error))
     say(f"{folder}: {len(paths)} pictures, {len(photos)} usable" + "".join(f"\n  {line}" for line in wrong))

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from collections import namedtuple
 from contextlib import contextmanager
 from pathlib import Path
@@ -191,6 +192,15 @@ def replacing(path, size=0):
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+def writable(flag, folder):
+    """Make a folder. InputError, naming the `flag` and its value, when files cannot be written there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"{flag}: cannot write there ({error.strerror}); choose another place") from error
 
 
 def flush(path):

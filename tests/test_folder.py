@@ -69,21 +69,22 @@ def test_everything_wrong_is_listed_before_anything_is_trained(folder):
     picture(folder / "silent.png", 64, 64)
     picture(folder / "empty.png", 64, 64, " ")
     picture(folder / "latin.png", 64, 64)
-    (folder / "latin.txt").write_bytes("ein Würfel".encode("latin-1"))
+    (folder / "latin.caption").write_bytes("ein Würfel".encode("latin-1"))
     with open(folder / "metadata.jsonl", "a") as file:
         file.write('{"file_name": "gone.png", "text": "gone"}\nnonsense\n')
     said = []
     with pytest.raises(InputError, match="6 problems.*--bad-images skip"):
         read_folder(folder, 64, 16, say=said.append)
     for words in ("cut.png: expected a PNG", "silent.png: has no caption; write silent.txt", "empty.png: its caption",
-                  "latin.txt: is not UTF-8", "gone.png: named in metadata.jsonl", "metadata.jsonl, line 4: expected"):
+                  "latin.caption: is not UTF-8", "gone.png: named in metadata.jsonl", "metadata.jsonl, line 4: expected"):
         assert words in said[0]
     assert len(read_folder(folder, 64, 16, skip=True, say=said.append)) == 3
 
 
 def test_captions_are_read_as_windows_writes_them(folder):
-    """With a byte order mark, carriage returns, ./ before the name, and U+2028, which ends no line in JSON."""
-    (folder / "a.txt").write_bytes(b"\xef\xbb\xbfa red cube\r\n")
+    """With a byte order mark, carriage returns, kohya's ending, ./ before the name, and U+2028, which ends no line in JSON."""
+    (folder / "a.txt").unlink()
+    (folder / "a.caption").write_bytes(b"\xef\xbb\xbfa red cube\r\n")
     rows = [{"file_name": "./deep/c.png", "text": "a tall\u2028one"}, {"file_name": "b.JPG", "text": "wide"}]
     text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (folder / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())

@@ -205,6 +205,13 @@ def test_two_runs_do_not_mix_and_that_is_known_before_data_is_prepared(tmp_path,
     assert len(prepared) == 1
 
 
+def test_where_weights_cannot_go_is_known_before_they_are_trained(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(toy_recipe, "loss", None)
+    (tmp_path / "file").touch()
+    assert toy("--out", tmp_path / "run", "--save", tmp_path / "file") == 2
+    assert f"--save {tmp_path / 'file'}: cannot write there" in capsys.readouterr().err
+
+
 def test_other_model_is_refused_by_name(tmp_path, capsys):
     toy("--out", tmp_path)
     at(tmp_path, 24).joinpath("model.safetensors").write_bytes((at(tmp_path, 24) / "ema.safetensors").read_bytes())

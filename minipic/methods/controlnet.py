@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minipic.common import InputError, option
-from minipic.data import pairs
+from minipic.common import option
 from minipic.image import labelled_grid, to_pictures
 from minipic.layouts import save_part
 from minipic.methods import t2i
@@ -17,29 +16,14 @@ from minipic.models.controlnet import ControlNet
 
 
 @dataclass
-class Recipe(t2i.Denoising):
+class Recipe(t2i.Pairs):
     """Train a ControlNet for a model on maps of the world's scenes. The model itself stays as it is."""
 
-    model: str = option("weights/tiny", "pipeline folder or file; it stays as it is")
     control: str = option("edges", "what the pictures follow", ("edges", "depth", "segmentation"))
     small: bool = option(False, "leave its transformers out, as SDXL's -small ones: a small file, no attention to text")
     steps: int = option(2000, "optimizer steps in all")
     lr: float = option(3e-4, "peak learning rate")
-    scenes: int = option(4000, "different pictures; their latents and maps are kept in memory")
     drop: float = option(0.3, "share of captions left out, so that the map must say it (the paper: 0.5)")
-
-    LEAST = t2i.Denoising.LEAST | {"scenes": 1}
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.side % 16:
-            raise InputError(f"--side must be a multiple of 16, not {self.side}")
-
-
-def scenes(pipeline, config, first, count):
-    """Scenes number `first` and following of the world, as pairs of a map and a picture."""
-    size = config.side or pipeline.size[1], config.side or pipeline.size[0]
-    return pairs(config.control, config.seed, range(first, first + count), size)
 
 
 def build(config):
@@ -55,7 +39,7 @@ def setup(pipeline, config):
 
 def data(pipeline, config):
     """t2i's batches, with hint [B,3,H,W] in 0..1."""
-    pictures = scenes(pipeline, config, 0, config.scenes)
+    pictures = t2i.pairs_of(config.control, pipeline, config, 0, config.scenes)
     batch_of = t2i.batches(pipeline, pictures, {}, config)
 
     def batch(step, indices):
@@ -75,7 +59,7 @@ def loss(pipeline, batch, config):
 def sample(pipeline, config):
     """Of four scenes that it never saw: the map, what is drawn from it with the prompt, and the scene itself."""
     cells, device = [], pipeline.device.type
-    for scene in scenes(pipeline, config, config.scenes, 4):
+    for scene in t2i.pairs_of(config.control, pipeline, config, config.scenes, 4):
         hint, truth = to_pictures(torch.stack([scene.source, scene.image]) / 127.5 - 1)
         with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):  # for two kinds of weights
             drawn, = pipeline.generate(scene.text, steps=20, control=[(hint, 1.0)])
@@ -86,5 +70,5 @@ def sample(pipeline, config):
 def export(pipeline, folder, config):
     """The ControlNet alone, a folder that sample.py --controlnet and diffusers load; example.png is a map to try."""
     save_part(pipeline.controlnet, folder, torch.float16)
-    scene, = scenes(pipeline, config, config.scenes, 1)
+    scene, = t2i.pairs_of(config.control, pipeline, config, config.scenes, 1)
     to_pictures(scene.source[None] / 127.5 - 1)[0].save(folder / "example.png")

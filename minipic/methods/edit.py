@@ -10,27 +10,21 @@ from dataclasses import dataclass, replace
 import torch
 
 from minipic.common import InputError, option, random
-from minipic.data import pairs
 from minipic.image import labelled_grid, to_pictures
 from minipic.methods import t2i
 
 
 @dataclass
-class Recipe(t2i.Denoising):
+class Recipe(t2i.Pairs):
     """Teach a model to edit pictures by instruction, on scenes of the world before and after an edit."""
 
-    model: str = option("weights/tiny", "pipeline folder or file; its VAE and text encoders stay as they are")
     steps: int = option(4000, "optimizer steps in all")
     lr: float = option(5e-4, "peak learning rate")
-    scenes: int = option(8000, "different pairs; their latents are kept in memory")
+    scenes: int = option(8000, "different pairs, kept in memory")
     drop: float = option(0.1, "share of instructions left out, half with the picture; as often the picture alone is")
-
-    LEAST = t2i.Denoising.LEAST | {"scenes": 1}
 
     def __post_init__(self):
         super().__post_init__()
-        if self.side % 16:
-            raise InputError(f"--side must be a multiple of 16, not {self.side}")
         if self.drop > 0.6:
             raise InputError(f"--drop must be at most 0.6, not {self.drop}")
 
@@ -56,15 +50,9 @@ def setup(pipeline, config):
     return list(pipeline.unet.parameters())
 
 
-def scenes(pipeline, config, first, count):
-    """Scenes number `first` and following of the world, before and after an edit, with the instruction."""
-    size = config.side or pipeline.size[1], config.side or pipeline.size[0]
-    return pairs("edit", config.seed, range(first, first + count), size)
-
-
 def data(pipeline, config):
     """t2i's batches, with source [B,4,h,w]: the unscaled latent of the picture before, zeros where it is left out."""
-    pictures = scenes(pipeline, config, 0, config.scenes)
+    pictures = t2i.pairs_of("edit", pipeline, config, 0, config.scenes)
     before = t2i.encode_pictures(pipeline.vae, [replace(pair, image=pair.source) for pair in pictures])
     batch_of = t2i.batches(pipeline, pictures, {}, config)
 
@@ -89,7 +77,7 @@ def loss(pipeline, batch, config):
 def sample(pipeline, config):
     """Of four pairs that it never saw: the picture before, what it makes of it as told, and the picture after."""
     cells = []
-    for pair in scenes(pipeline, config, config.scenes, 4):
+    for pair in t2i.pairs_of("edit", pipeline, config, config.scenes, 4):
         before, after = to_pictures(torch.stack([pair.source, pair.image]) / 127.5 - 1)
         drawn, = pipeline.generate(pair.text, steps=20, edit=before)
         cells += [(before, "before"), (drawn, pair.text), (after, "after")]
@@ -99,5 +87,5 @@ def sample(pipeline, config):
 def export(pipeline, folder, config):
     """The finished model, a pipeline folder; example.png is a picture to try."""
     pipeline.save(folder, torch.float16)
-    pair, = scenes(pipeline, config, config.scenes, 1)
+    pair, = t2i.pairs_of("edit", pipeline, config, config.scenes, 1)
     to_pictures(pair.source[None] / 127.5 - 1)[0].save(folder / "example.png")

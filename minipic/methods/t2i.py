@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from minipic.cache import Cache
 from minipic.common import InputError, option, random
-from minipic.data import compose
+from minipic.data import compose, pairs
 from minipic.diffusion.schedule import Schedule
 from minipic.folder import Photo, read_folder
 from minipic.image import labelled_grid
@@ -42,6 +42,7 @@ def tiny(context_width, pooled_width):
 class Denoising(Base):
     """What every recipe has whose network learns to take noise away."""
 
+    model: str = option("weights/tiny", "pipeline folder or file; what the recipe does not train stays as it is")
     side: int = option(0, "training pictures have the area of a square of this side in pixels; 0: the model's own")
     min_snr: float = option(0.0, "Min-SNR weights: gamma, 5 in the paper; 0: the loss as it is")
     logit_normal: float = option(0.0, "train middle noise levels more often: spread of a normal number whose sigmoid "
@@ -63,7 +64,6 @@ class Denoising(Base):
 class Photos(Denoising):
     """What every recipe that draws on a folder of pictures has."""
 
-    model: str = option("weights/tiny", "pipeline folder or file; its VAE stays as it is")
     data: str = option("", "folder of pictures with .txt captions or metadata.jsonl; empty: the world")
     caption: str = option("", "caption of the pictures of --data that have none")
     cache: str = option("", "folder that keeps the pictures and captions of --data encoded, for the next run too")
@@ -73,6 +73,20 @@ class Photos(Denoising):
         super().__post_init__()
         if self.cache and (not self.data or Path(self.cache).is_file()):
             raise InputError(f"--cache {self.cache}: must be a folder, for what is encoded of --data; give both")
+
+
+@dataclass
+class Pairs(Denoising):
+    """What every recipe has that learns from pairs of the world's pictures, one given and one wanted."""
+
+    scenes: int = option(4000, "different pairs, kept in memory")
+
+    LEAST = Denoising.LEAST | {"scenes": 1}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.side % 16:
+            raise InputError(f"--side must be a multiple of 16, not {self.side}")
 
 
 @dataclass
@@ -189,6 +203,12 @@ def pictures_of(pipeline, config):
     step = pipeline.vae.config.factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
     return read_folder(config.data, config.side or pipeline.size[0], max(step, 16), config.bad_images == "skip",
                        config.caption)
+
+
+def pairs_of(task, pipeline, config, first, count):
+    """Pairs number `first` and following of a task of the world, of the recipe's --side."""
+    size = config.side or pipeline.size[1], config.side or pipeline.size[0]
+    return pairs(task, config.seed, range(first, first + count), size)
 
 
 def captions_of(photos):

@@ -43,6 +43,7 @@ def requests(objects, held_out, count):
 def draw(pipeline, prompts, seed, steps=30, guidance=5.0, batch=64, hints=None, edits=None, image_guidance=1.5):
     """One picture for each prompt -> [B,3,64,64]; picture i has seed + i, as `generate` would draw it. hints [B,3,64,64]
     in 0..1: what the ControlNet follows; edits [B,3,64,64] in -1..1: the pictures to change."""
+    pipeline.to(memory_format=torch.channels_last)  # the fast order for 16 bits, see layouts.order
     images, device = [], pipeline.device
     sizes = (pipeline.size, (0, 0), pipeline.size)
     shape = (4, *(side // pipeline.vae.config.factor for side in pipeline.size[::-1]))
