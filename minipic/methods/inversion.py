@@ -63,7 +63,6 @@ def data(pipeline, config):
     if missing:
         raise InputError(f"{missing.path}: its caption {missing.text!r} lacks the word {config.word}; put it there, or "
                          f'give --caption "a picture of {config.word}" in place of caption files')
-    pipeline.prompts = t2i.captions_of(pictures)[:4]
     return t2i.batches(pipeline, pictures, {}, config)
 
 

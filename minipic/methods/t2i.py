@@ -162,7 +162,6 @@ def text_layers(pipeline):
 def data(pipeline, config):
     """See `batches`; on the world, or on the pictures of --data."""
     pictures = pictures_of(pipeline, config)
-    pipeline.prompts = captions_of(pictures)[:4] if config.data else PROMPTS
     texts = {} if config.train_text or not config.data else encode_texts(pipeline, pictures, config.cache)
     return batches(pipeline, pictures, texts, config)
 
@@ -197,22 +196,21 @@ def batches(pipeline, pictures, texts, config):
 
 
 def pictures_of(pipeline, config):
-    """The pictures to train on: data.Pictures of the world, or Photos of --data."""
+    """The pictures to train on: data.Pictures of the world, or Photos of --data; `sample` draws what prompts say."""
+    pipeline.prompts = PROMPTS
     if not config.data:
         return [compose(config.seed, i) for i in range(config.scenes)]
     step = pipeline.vae.config.factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-    return read_folder(config.data, config.side or pipeline.size[0], max(step, 16), config.bad_images == "skip",
-                       config.caption)
+    photos = read_folder(config.data, config.side or pipeline.size[0], max(step, 16), config.bad_images == "skip",
+                         config.caption)
+    pipeline.prompts = list(dict.fromkeys(photo.text for photo in photos))[:4]
+    return photos
 
 
 def pairs_of(task, pipeline, config, first, count):
     """Pairs number `first` and following of a task of the world, of the recipe's --side."""
     size = config.side or pipeline.size[1], config.side or pipeline.size[0]
     return pairs(task, config.seed, range(first, first + count), size)
-
-
-def captions_of(photos):
-    return list(dict.fromkeys(photo.text for photo in photos))
 
 
 @torch.no_grad()

@@ -76,6 +76,8 @@ class HintEncoder(nn.Module):
         self.blocks = nn.ModuleList()
         for narrow, wide in zip(widths, widths[1:]):
             self.blocks += [nn.Conv2d(narrow, narrow, 3, padding=1), nn.Conv2d(narrow, wide, 3, stride=2, padding=1)]
+        for conv in (self.conv_in, *self.blocks):  # PyTorch's own start would make the map thirty times fainter
+            nn.init.kaiming_normal_(conv.weight), nn.init.zeros_(conv.bias)
         self.conv_out = zero(nn.Conv2d(widths[-1], config.block_out_channels[0], 3, padding=1))
 
     def forward(self, x):
