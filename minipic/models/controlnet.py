@@ -77,8 +77,8 @@ class HintEncoder(nn.Module):
         for narrow, wide in zip(widths, widths[1:]):
             self.blocks += [nn.Conv2d(narrow, narrow, 3, padding=1), nn.Conv2d(narrow, wide, 3, stride=2, padding=1)]
         self.conv_out = nn.Conv2d(widths[-1], config.block_out_channels[0], 3, padding=1)
-        # Gaussian, section 3.1; PyTorch's own start fades the map 27 times. The last isn't zero as in the official code:
-        for conv in (self.conv_in, *self.blocks, self.conv_out):  # behind other zeros, it would learn very late
+        # Gaussian (section 3.2): PyTorch's default fades the map 27 times; zeros here, before other zeros, learn late
+        for conv in (self.conv_in, *self.blocks, self.conv_out):
             nn.init.kaiming_normal_(conv.weight), nn.init.zeros_(conv.bias)
 
     def forward(self, x):
