@@ -69,6 +69,11 @@ class Settings:
     verify: bool = option(False, "refuse weights whose sha256 is not an official file's")
     selftest: bool = option(False, "compare this device with the CPU on the tiny model, and stop")
 
+    def __post_init__(self):
+        for key, value in vars(self).items():
+            if key not in ("prompt", "negative") and (value == "" or isinstance(value, tuple) and "" in value):
+                raise InputError(f"--{key.rstrip('_').replace('_', '-')}: is empty; name what it should be or leave it out")
+
 
 FORGET = ("prompts", "out", "film", "device", "from_", "verify", "selftest")  # a picture keeps all other settings
 
@@ -105,7 +110,7 @@ def pair(text, flag, mark):
     """'640x480' -> (640, 480); None stays None."""
     if text is None:
         return None
-    if not re.fullmatch(rf"\d+{mark}\d+", text):
+    if not re.fullmatch(rf"\d{{1,6}}{mark}\d{{1,6}}", text):
         raise InputError(f"--{flag} {text}: expected two whole numbers such as 64{mark}64")
     return tuple(int(number) for number in text.split(mark))
 
@@ -174,7 +179,7 @@ def choose(config, rank):
         return device, config.dtype
     if device.type == "cuda":
         return device, "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    files = Path(config.model).glob("*/*.safetensors") if Path(config.model).is_dir() else [Path(config.model)]
+    files = Path(config.model).rglob("*.safetensors") if Path(config.model).is_dir() else [Path(config.model)]
     large = sum(file.stat().st_size for file in files if file.exists()) > LARGE
     if device.type == "mps":
         return device, "fp16" if large else "fp32"

@@ -25,16 +25,8 @@ from minipic import checkpoint, training
 from minipic.common import InputError, enough_memory, from_argv, random
 from minipic.weights import replacing, writable
 
-RECIPES = {
-    "judge": "minipic.methods.judge",
-    "clip": "minipic.methods.clip",
-    "vae": "minipic.methods.vae",
-    "t2i": "minipic.methods.t2i",
-    "dreambooth": "minipic.methods.dreambooth",
-    "inversion": "minipic.methods.inversion",
-    "controlnet": "minipic.methods.controlnet",
-    "edit": "minipic.methods.edit",
-}
+RECIPES = {name: f"minipic.methods.{name}"
+           for name in ("judge", "clip", "vae", "t2i", "dreambooth", "inversion", "controlnet", "edit")}
 
 
 def main(argv=None):
@@ -58,7 +50,7 @@ def main(argv=None):
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         print(f"train.py: cannot write: {error}; make room and go on with --resume latest", file=sys.stderr)
         return 2
@@ -74,7 +66,10 @@ def train(name, recipe, config, stop):
     settings, say = {"recipe": name, **dataclasses.asdict(config)}, print if rank == 0 else lambda line: None
     say("\n".join(f"{key:14} {value}" for key, value in {**settings, "device": device, "processes": world}.items()))
 
-    source = choose(config, settings, say)  # before minutes go into preparing data
+    if source := checkpoint.choose(config.resume, Path(config.out, "checkpoints"), say):
+        checkpoint.check(source, settings)
+    for flag in ("out", "save"):  # not found out after minutes of preparing data, or hours of training
+        writable(f"--{flag} {settings[flag]}", settings[flag])
     run, batch_of = build(recipe, config, device)
     say(f"training {sum(p.numel() for p in run.params.values()):,} of "
         f"{sum(p.numel() for p in run.model.parameters()):,} weights")
@@ -148,19 +143,10 @@ def build(recipe, config, device):
     return training.Run(model, loss, params, training.adamw(params, config), training.EMA(params, config.ema)), batch_of
 
 
-def choose(config, settings, say):
-    """The checkpoint that --resume asks for, or None; InputError where these settings cannot go on from it."""
-    source = checkpoint.choose(config.resume, Path(config.out, "checkpoints"), say)
-    if source and (done := checkpoint.check(source, settings)) > config.steps:
-        raise InputError(f"--steps {config.steps} is less than the {done} steps of {source}; choose more")
-    return source
-
-
 def resume(run, config, source, rank, say):
     """Load the checkpoint `source`, if any. Returns (steps done, rows of the log so far)."""
     folder, start = Path(config.out, "checkpoints"), checkpoint.load(source, run) if source else 0
     say(f"going on from {source}" if source else f"starting in {config.out}")
-    writable(f"--save {config.save}", config.save)  # not found out after hours of training
     training.wait()  # others may still be reading what the first process tidies
     if rank > 0:
         return start, []

@@ -45,6 +45,7 @@ class Adapters(nn.Module):
         for part in parts:
             if not next(parts[part].parameters()).is_meta:
                 self.apply_lora(part, str(path))
+        self.texts.clear()
 
     def apply_lora(self, part, name):
         scale, found = self.loras[name]

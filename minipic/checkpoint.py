@@ -8,7 +8,6 @@ The files are the same for any number of processes, sharded or not.
 import json
 import math
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -49,23 +48,24 @@ def state_of(run):
 
 
 def check(folder, config):
-    """Steps done in a checkpoint. InputError naming a setting that decides what is trained and differs from its own."""
+    """InputError naming a setting that decides what is trained and differs from a checkpoint's own, or too few steps."""
     saved = json.loads((folder / "config.json").read_text())
     for key, value in json.loads(json.dumps(config)).items():
         if key not in FREE and saved.get(key) != value:
             raise InputError(f"--resume: {folder} was trained with {key}={saved.get(key)!r}, not {value!r}; "
                              "use the same value, or start a new run in another --out")
-    return step_of(folder)
+    if config["steps"] < (done := step_of(folder)):
+        raise InputError(f"--steps {config['steps']} is less than the {done} steps of {folder}; choose more")
 
 
 @torch.no_grad()
 def load(folder, run):
     """Fill a run from a checkpoint; returns the steps done."""
     files = {file: load_file(folder / f"{file}.safetensors") for file in ("model", "ema", "optimizer")}
-    for name, p in run.params.items():  # AdamW makes its state at the first step, its step count on the CPU
+    for name, p in run.params.items():  # AdamW makes its state at the first step; fused, all of it beside the weights
         if f"{name}.step" in files["optimizer"]:
-            run.optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
-                                      "exp_avg_sq": torch.zeros_like(p)}
+            run.optimizer.state[p] = {"step": torch.zeros((), device=p.device),
+                                      "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     for file, targets in tensors_of(run).items():
         values = files[file]
         wrong = sorted(targets.keys() ^ values.keys()) or [n for n in targets if targets[n].shape != values[n].shape]
@@ -99,8 +99,7 @@ def write(folder, step, state, config):
 
 def finished(folder):
     """{step: path} of the checkpoints in a folder that have their final name, oldest first."""
-    found = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
-    return dict(sorted((int(match[1]), path) for match, path in found if match))
+    return dict(sorted((int(path.name[5:]), path) for path in folder.glob("step-*") if path.name[5:].isdecimal()))
 
 
 def tidy(folder, keep, step=math.inf):

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import hashlib
+import re
 import typing
 from contextlib import contextmanager
 
@@ -20,16 +21,26 @@ def from_json(cls, values, fixed, where):
     `where`: the file, for messages. Keys with a leading underscore are the writer's notes.
     Raises InputError for an unknown key or an unsupported value: ignoring one would give silently wrong numbers.
     """
-    known, found = {f.name for f in dataclasses.fields(cls)}, {}
+    known, found = {f.name: f.type for f in dataclasses.fields(cls)}, {}
     for key, value in values.items():
         value, allowed = tuple(value) if isinstance(value, list) else value, fixed.get(key, ...)
         if allowed is not ... and value not in allowed:
             raise InputError(f"{where}: {key}={value!r} is not supported (supported: {', '.join(map(repr, allowed))})")
+        if key in known and not _fits(value, known[key]):
+            raise InputError(f"{where}: {key}={value!r} is of the wrong type; fetch the file again or use another model")
         if key in known:
             found[key] = value
         elif key not in fixed and not key.startswith("_"):
             raise InputError(f"{where}: unknown key {key!r} for {cls.__name__}; remove it or use a supported model")
     return cls(**found)
+
+
+def _fits(value, kind):
+    """Whether a value from JSON, its lists made tuples, is of a field's type: int, tuple[int, ...], float | None, ..."""
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(x, inner[0]) for x in value)
+    return any(_fits(value, x) for x in inner) if inner else type(value) in ((int, float) if kind is float else (kind,))
 
 
 def option(default, help, choices=None):
@@ -53,8 +64,8 @@ def enough_memory(remedy):
     """Makes an InputError that says the `remedy` of memory that runs out, a GPU's or the computer's."""
     try:
         yield
-    except RuntimeError as error:  # PyTorch has no one class for it
-        if not any(words in str(error) for words in ("out of memory", "allocate memory")):
+    except (MemoryError, RuntimeError) as error:  # PyTorch has no one class for it
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         raise InputError(f"not enough memory; {remedy}") from error
 

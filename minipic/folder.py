@@ -71,6 +71,7 @@ def captions_in(folder):
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line.decode()) if line.strip() else {"file_name": "", "text": ""}
+            str(row["text"]).encode()  # refuses half a surrogate pair, which JSON can hold
             found[posixpath.normpath(row["file_name"])] = row["text"]
         except (ValueError, KeyError, TypeError, RecursionError):
             wrong.append(f"{path}, line {number}: expected a JSON object in UTF-8 with file_name and text")

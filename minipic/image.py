@@ -124,7 +124,7 @@ def save_new(picture, path, settings=None):
     path, info = Path(path), PngImagePlugin.PngInfo()
     if settings:
         info.add_text("parameters", parameters(settings, picture.size))
-        info.add_text(CHUNK, json.dumps(settings, ensure_ascii=False))
+        info.add_text(CHUNK, json.dumps(settings))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for name in itertools.chain([path], (path.with_stem(f"{path.stem}-{i:04d}") for i in itertools.count(2))):
@@ -161,7 +161,7 @@ def read_settings(path):
         text = file.info.get(CHUNK)
     try:
         settings = json.loads(text) if text else None
-    except ValueError:
+    except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
         raise InputError(f"{path}: no minipic settings inside; give a PNG that sample.py wrote and no program re-saved")

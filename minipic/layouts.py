@@ -157,6 +157,10 @@ def open_folder(path, half=False):
     if unet.in_channels not in (latent, 2 * latent, 2 * latent + 1) or unet.out_channels != latent:
         raise InputError(f"{path / 'unet'} takes {unet.in_channels} channels and makes {unet.out_channels}; with a VAE of "
                          f"{latent}, it can take {latent}, {2 * latent} (edits) or {2 * latent + 1} (inpainting)")
+    heard = sum(parts[name].config.hidden_size for name in ("text_encoder", "text_encoder_2") if name in parts)
+    if heard != unet.cross_attention_dim:
+        raise InputError(f"{path}: its text encoders make {heard} numbers a token, its UNet takes "
+                         f"{unet.cross_attention_dim}; fetch the folder again, with every text encoder")
     return Source(parts, index, read_json(path / "scheduler" / "scheduler_config.json"))
 
 
@@ -307,11 +311,15 @@ def order(dtype):
 
 
 def save_part(model, folder, dtype=None):
-    """Write one network as a diffusers folder holds it: config.json, which is returned, and the weights."""
+    """Write one network as a diffusers folder holds it: config.json, which is returned, and the weights. Weights that
+    are there in 16 bits or in shards would be read in their place, and are removed."""
     values = model.config.to_json()
     stem = "diffusion_pytorch_model" if "_class_name" in values else "model"  # transformers' files have the short name
     state = {key: tensor.to(dtype=dtype) for key, tensor in model.state_dict().items()}
     save_weights(state, folder / f"{stem}.safetensors")
+    for old in folder.glob(f"{stem}[.-]*safetensors*"):
+        if old.name != f"{stem}.safetensors":
+            old.unlink()
     write_json(values, folder / "config.json")
     return values
 

@@ -56,7 +56,7 @@ class Tokenizer:
                 raise InputError(f"{self.folder}: the special token {token!r} is not in the vocabulary")
         known = {token.content for token in self.bpe.get_added_tokens_decoder().values()}  # tokenizer.json's own
         self.bpe.add_special_tokens([token for text, token in specials.items() if text not in known])
-        pad = settings.get("pad_token", END)
+        pad = settings.get("pad_token") or END
         self.pad = self.bpe.token_to_id(pad["content"] if isinstance(pad, dict) else pad)
         self.words = {}  # {id of an added word: all its ids}
 
@@ -157,12 +157,7 @@ def train_tokenizer(captions, folder, vocab_size, pad=END):
                                                           end_of_word_suffix=WORD_END))
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]][:room]
     vocab = dict.fromkeys(alphabet + ["".join(pair) for pair in merges] + [START, END])  # two pairs may make one token
-    write_tokenizer(folder, {token: i for i, token in enumerate(vocab)}, merges, pad)
-    return Tokenizer(folder)
-
-
-def write_tokenizer(folder, vocab, merges, pad):
-    folder = Path(folder)
+    folder, vocab = Path(folder), {token: i for i, token in enumerate(vocab)}
     folder.mkdir(parents=True, exist_ok=True)
     specials = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
     config = {**specials, "add_prefix_space": False, "do_lower_case": True, "errors": "replace",
@@ -172,6 +167,7 @@ def write_tokenizer(folder, vocab, merges, pad):
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return Tokenizer(folder)
 
 
 def encode(prompts, towers, sdxl=True):
@@ -180,14 +176,10 @@ def encode(prompts, towers, sdxl=True):
     SDXL: the last layer but one of each encoder side by side (no final norm), pooled from the last encoder; the refiner
     has one encoder. SD 1.5 and 2.x: the last layer after the final norm, no pooled vector.
     """
-    outputs = []
-    for tokenizer, encoder in towers:
-        ids = tokenizer(prompts).to(encoder.text_model.embeddings.token_embedding.weight.device)
-        outputs.append(encoder(ids))
+    outputs = [encoder(tokenizer(prompts).to(next(encoder.parameters()).device)) for tokenizer, encoder in towers]
     if sdxl:
         return torch.cat([states[-2] for states, _ in outputs], dim=-1), outputs[-1][1]
-    (states, _), (_, encoder) = outputs[0], towers[0]
-    return encoder.last(states), None
+    return towers[0][1].last(outputs[0][0]), None
 
 
 def size_ids(original, crop, target):

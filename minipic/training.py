@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -152,17 +153,20 @@ class Loss(nn.Module):
 
 def start_processes(config):
     """Join the group that torchrun started, if it did. Returns (rank, number of processes, device)."""
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    many = "RANK" in os.environ
+    world, local = int(os.environ["WORLD_SIZE"]) if many else 1, int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if config.fsdp and "RANK" not in os.environ:
+    if config.fsdp and not many:
         raise InputError("--fsdp needs processes: start with torchrun --standalone --nproc_per_node=N train.py ...")
     if config.batch % (config.accumulate * world):
         raise InputError(f"--batch {config.batch} does not divide into --accumulate {config.accumulate} micro-batches "
                          f"on {world} process(es); choose a multiple of {config.accumulate * world}")
-    if "RANK" in os.environ:
+    if many and device.type == "cuda" and local >= torch.cuda.device_count():
+        raise InputError(f"torchrun: --nproc_per_node must be at most {torch.cuda.device_count()}, the GPUs here")
+    if many:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))  # see `wait`
     return int(os.environ.get("RANK", 0)), world, device
 
 
@@ -216,7 +220,7 @@ def seed(number, device):
 
 
 def wait():
-    """Until every process is here."""
+    """Until every process is here; the first may draw or encode for hours before."""
     if dist.is_initialized():
         dist.barrier()
 

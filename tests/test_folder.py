@@ -92,7 +92,8 @@ def test_captions_are_read_as_windows_writes_them(folder):
 
 
 @pytest.mark.parametrize("line", [b'{"file_name": "a.png", "text": "caf\xe9"}', b'{"file_name": 3, "text": "x"}',
-                                  b'{"file_name": null, "text": "x"}', b"[" * 100_000])
+                                  b'{"file_name": null, "text": "x"}', b"[" * 100_000,
+                                  rb'{"file_name": "a.png", "text": "half an emoji: \ud83d"}'])
 def test_a_bad_line_of_metadata_is_listed(line, folder):
     (folder / "metadata.jsonl").write_bytes(b'{"file_name": "deep/c.png", "text": "x"}\n' + line)
     said = []
@@ -112,10 +113,17 @@ def test_settings_that_make_no_sense_are_refused(folder, capsys):
                          (("--lora-alpha", "nan"), "argument --lora-alpha: invalid float value: 'nan'"),
                          (("--drop", "2"), "--drop must be at most 1"), (("--min-snr", "-1"), "--min-snr must be at least 0"),
                          (("--scenes", "0"), "--scenes must be at least 1"), (("--balanced", "--min-snr", "5"), "--balanced and --min-snr are two weightings"),
-                         (("--side", "8"), "--side 8: must be at least 16")):
+                         (("--side", "8"), "--side 8: must be at least 16"), (("--lora-alpha", "4"), "--lora-alpha: needs --lora-rank")):
         assert train.main(["t2i", "--data", str(folder), "--model", str(tiny.folder()), "--steps", "1", "--out",
                            str(folder.parent / "run"), *flags]) == 2
         assert words in capsys.readouterr().err
+    assert train.main(["t2i", "--side", "32"]) == 2 and "--side: the world's pictures have" in capsys.readouterr().err
+
+
+def test_a_refiner_is_refused_before_anything_is_encoded(folder, capsys, tmp_path):
+    tiny.build("refiner", folder=tmp_path / "refiner")
+    assert train.main(["t2i", "--data", str(folder), "--model", str(tmp_path / "refiner"), "--out", str(tmp_path / "run")]) == 2
+    assert f"--model {tmp_path / 'refiner'}: is a refiner" in capsys.readouterr().err
 
 
 def test_texts_encoded_once_are_those_encoded_each_time(folder):

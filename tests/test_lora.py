@@ -234,6 +234,12 @@ def test_pipeline_draws_with_loras_and_without_again(tmp_path):
     build(folder=folder)
     for lazy in (False, True):
         assert torch.equal(draw(Pipeline.load(folder, lazy=lazy, lora=[(path, 0.5)])), with_lora)
+        later = Pipeline.load(folder, lazy=lazy)
+        assert torch.equal(draw(later), plain)
+        later.add_lora(path, 0.5)
+        with pytest.raises(InputError, match="has LoRAs"):
+            later.save(tmp_path / "out")
+        assert torch.equal(draw(later), with_lora)
     assert torch.equal(draw(Pipeline.load(folder, lora=path)), draw(Pipeline.load(folder, lora=[path])))
 
 

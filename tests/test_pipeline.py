@@ -217,6 +217,8 @@ def test_a_saved_pipeline_is_the_same(tmp_path):
     mine().save(tmp_path / "half", torch.float16)
     half = load_file(tmp_path / "half" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {x.dtype for x in half.values()} == {torch.float16}
+    Pipeline.load(tmp_path, lazy=True).save(tmp_path / "lazy")
+    assert all(torch.equal(state[name], x) for name, x in Pipeline.load(tmp_path / "lazy").state_dict().items())
 
 
 def test_a_single_file_has_its_tokenizers_beside_it(tmp_path):

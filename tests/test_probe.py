@@ -1,5 +1,7 @@
 """The judge and the scores: perfect on the truth, at chance on shuffled pairs, equal to formulas where known."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -80,6 +82,10 @@ def test_the_judge_learns_and_is_saved(tmp_path):
     (tmp_path / "judge" / "config.json").write_text('{"width": 64, "depth": 80}')
     with pytest.raises(InputError, match="depth"):
         probe.load_judge(tmp_path / "judge")
+    for width in (32, 60, "64"):
+        (tmp_path / "judge" / "config.json").write_text(f'{{"width": {json.dumps(width)}, "deep": 80}}')
+        with pytest.raises(InputError, match="model.safetensors does not fit config.json|width='64' is of the wrong type"):
+            probe.load_judge(tmp_path / "judge")
 
 
 def test_batches_are_a_pure_function_of_the_sample_numbers():

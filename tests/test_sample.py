@@ -152,6 +152,10 @@ WRONG = {
     "--size 60x64": "--size 60x64: width and height must be multiples of 8",
     "--size 64": "--size 64: expected two whole numbers such as 64x64",
     "--size 0x0": "--size 0x0",
+    "--size 99999999999999999999x8": "--size 99999999999999999999x8: expected two whole numbers",
+    "--vae=": "--vae: is empty; name what it should be or leave it out",
+    "--controlnet=": "--controlnet: is empty",
+    "--from=": "--from: is empty",
     "--lora nothing.safetensors": "nothing.safetensors: cannot read it (No such file or directory)",
     "--lora a.safetensors:nan": "--lora a.safetensors:nan: 'nan' is no number; write FILE:0.8",
     "--lora a.safetensors:1.2.3": "--lora a.safetensors:1.2.3: '1.2.3' is no number; write FILE:0.8",
@@ -209,10 +213,11 @@ def test_a_prompt_that_is_no_text_is_said(capsys):
     assert "a prompt is not UTF-8" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", ["CUDA out of memory. Tried to allocate 20.00 GiB", "can't allocate memory: 9 bytes"])
+@pytest.mark.parametrize("words", ["CUDA out of memory. Tried to allocate 20.00 GiB", "can't allocate memory: 9 bytes",
+                                   None])
 def test_too_little_memory_is_one_sentence(words, capsys, monkeypatch):
     def steps(*given, **settings):
-        raise RuntimeError(f"first line: {words}\nand many others")
+        raise MemoryError() if words is None else RuntimeError(f"first line: {words}\nand many others")
     monkeypatch.setattr(Pipeline, "steps", steps)
     assert run(PROMPT) == 2
     assert capsys.readouterr().err == "sample.py: not enough memory; choose a smaller --size, or --dtype bf16\n"

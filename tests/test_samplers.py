@@ -111,6 +111,11 @@ def test_one_step_of_flow_with_the_true_velocity_lands_on_the_data():
         torch.testing.assert_close(last(SAMPLERS["flow_euler"](denoise, noise, grid.sigmas)), x0)
 
 
+def test_two_equal_noise_levels_are_no_division_by_nothing():
+    """999 steps with the leading spacing begin at a timestep 1000 that there is not."""
+    assert draw(Schedule(), "dpmpp_2m", 999).isfinite().all()
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_step_is_yielded_at_its_noise_level(sampler):
     """With x0 known to be 0 all that is left in x is noise, of standard deviation sigma after every step."""

@@ -101,6 +101,8 @@ def test_a_copy_gives_the_same_ids(tmp_path):
     tokenizer = train_tokenizer(CAPTIONS, tmp_path / "a", 600, "!")
     tokenizer.save(tmp_path / "b")
     assert Tokenizer(tmp_path / "b")(CAPTIONS).equal(tokenizer(CAPTIONS))
+    edit(tmp_path / "b" / "tokenizer_config.json", lambda s: s.replace('"pad_token": "!"', '"pad_token": null'))
+    assert Tokenizer(tmp_path / "b").pad == tokenizer.end  # as with none at all
 
 
 def edit(path, change):

@@ -205,11 +205,12 @@ def test_two_runs_do_not_mix_and_that_is_known_before_data_is_prepared(tmp_path,
     assert len(prepared) == 1
 
 
-def test_where_weights_cannot_go_is_known_before_they_are_trained(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(toy_recipe, "loss", None)
+@pytest.mark.parametrize("flag", ["save", "out"])
+def test_where_weights_cannot_go_is_known_before_anything_is_prepared(tmp_path, capsys, monkeypatch, flag):
+    monkeypatch.setattr(toy_recipe, "build", None)
     (tmp_path / "file").touch()
-    assert toy("--out", tmp_path / "run", "--save", tmp_path / "file") == 2
-    assert f"--save {tmp_path / 'file'}: cannot write there" in capsys.readouterr().err
+    assert toy("--out", tmp_path / "run", f"--{flag}", tmp_path / "file") == 2
+    assert f"--{flag} {tmp_path / 'file'}: cannot write there" in capsys.readouterr().err
 
 
 def test_other_model_is_refused_by_name(tmp_path, capsys):
@@ -219,6 +220,14 @@ def test_other_model_is_refused_by_name(tmp_path, capsys):
     run, _ = train.build(toy_recipe, config, torch.device("cpu"))
     with pytest.raises(InputError, match="model.safetensors does not fit .* 'calls'"):
         checkpoint.load(at(tmp_path, 24), run)
+
+
+def test_all_of_a_resumed_optimizer_lies_beside_its_weights(tmp_path):
+    """Fused AdamW on a GPU refuses a step count on the CPU; the meta device stands for the GPU."""
+    toy("--out", tmp_path)
+    run, _ = train.build(toy_recipe, toy_recipe.Recipe(out=str(tmp_path)), torch.device("meta"))
+    checkpoint.load(at(tmp_path, 24), run)
+    assert {value.device.type for state in run.optimizer.state.values() for value in state.values()} == {"meta"}
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
@@ -263,7 +272,7 @@ def test_mistakes_get_one_sentence_and_exit_2(tmp_path, capsys, monkeypatch, fla
     assert train.main(flags) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 def test_program_exits_2_on_a_wrong_flag():

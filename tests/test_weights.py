@@ -219,6 +219,11 @@ def test_fp16_variants(folder, models):
     assert list(layouts.open_model(folder, half=True).parts["vae"].files) == [half]
     full.unlink()
     assert list(layouts.open_model(folder).parts["vae"].files) == [half]
+    index, shard = full.with_name(full.name + ".index.json"), full.with_name(full.stem + "-00001-of-00001.safetensors")
+    index.touch(), shard.touch(), full.with_name("notes.txt").touch()
+    layouts.save_part(models["sdxl"]["vae"], folder / "vae")  # saved in place, nothing old is read any more
+    assert list(layouts.open_model(folder, half=True).parts["vae"].files) == [full]
+    assert {path.name for path in full.parent.iterdir()} == {full.name, "config.json", "notes.txt"}
 
 
 @pytest.mark.parametrize("spelling", [
@@ -293,6 +298,13 @@ BROKEN = {  # what is done to a folder: words of the message
     "other pipeline": (lambda f: rewrite(f / "model_index.json", _class_name="FluxPipeline"), ["model_index", "Flux"]),
     "other part": (lambda f: rewrite(f / "model_index.json", transformer=["diffusers", "X"]), ["'transformer'"]),
     "no vae": (lambda f: rewrite(f / "model_index.json", vae=[None, None]), ["model_index.json", "'vae'"]),
+    "no text encoder": (lambda f: rewrite(f / "model_index.json", text_encoder=[None, None]),
+                        ["its text encoders make", "its UNet takes"]),
+    "no size": (lambda f: rewrite(f / "unet" / "config.json", sample_size=None), ["sample_size=None", "wrong type"]),
+    "two sizes": (lambda f: rewrite(f / "unet" / "config.json", layers_per_block=[1, 1]), ["layers_per_block=(1, 1)"]),
+    "deep list": (lambda f: rewrite(f / "unet" / "config.json", transformer_layers_per_block=[[1], [2]]), ["wrong type"]),
+    "few heads": (lambda f: rewrite(f / "unet" / "config.json", attention_head_dim=[1]), ["attention_head_dim must have"]),
+    "text for a number": (lambda f: rewrite(f / "text_encoder" / "config.json", hidden_size="64"), ["hidden_size='64'"]),
     "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), ["scheduler_config.json"]),
     "escape": (lambda f: [(f / "vae" / "diffusion_pytorch_model.safetensors").unlink(),
                           (f / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(

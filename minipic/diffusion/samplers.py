@@ -56,12 +56,12 @@ def dpmpp_2m(denoise, x, sigmas, noise=None):
     """Euler's step towards an x0 extrapolated from the last two predictions; second order, one call a step.
 
     DPM-Solver++(2M), 2211.01095, algorithm 2: x0 is a line in lambda = -log(sigma), taken half a step ahead. The first
-    step has no past and the last one, to sigma 0, no finite lambda: both are Euler's.
+    step has no past and the last one, to sigma 0, no finite lambda: both are Euler's, as is one after no step at all.
     """
     past = None
     for i in range(len(sigmas) - 1):
         x0 = ahead = denoise(x, sigmas[i])
-        if past is not None and sigmas[i + 1] > 0:
+        if past is not None and sigmas[i - 1] > sigmas[i] and sigmas[i + 1] > 0:
             ahead = x0 + (sigmas[i] / sigmas[i + 1]).log() / (sigmas[i - 1] / sigmas[i]).log() * (x0 - past) / 2
         x = ahead + (sigmas[i + 1] / sigmas[i]) * (x - ahead)
         past = x0

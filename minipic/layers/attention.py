@@ -56,14 +56,14 @@ def sdpa(q, k, v, causal):
 
 def triton(q, k, v, causal):
     try:
-        from minipic.layers.kernels import HEAD_DIMS, flash_attention
+        from minipic.layers.kernels import HEAD_DIMS, FlashAttention
     except ImportError as error:
         raise InputError("attention backend 'triton' needs the triton package, which comes with PyTorch for CUDA; "
                          "use 'sdpa'") from error
     if causal or q.shape[-1] not in HEAD_DIMS:
         raise InputError(f"attention backend 'triton' has no causal mask and only head dims {HEAD_DIMS}, "
                          f"not {q.shape[-1]}; use 'sdpa'")
-    return flash_attention(q, k, v)
+    return FlashAttention.apply(*(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)))
 
 
 BACKENDS = {"math": math, "chunked": chunked, "sdpa": sdpa, "triton": triton}

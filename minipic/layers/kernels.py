@@ -178,8 +178,3 @@ class FlashAttention(torch.autograd.Function):
 def precision(x):
     """How a product of blocks is computed: exact in fp32, where "tf32" would round the factors to 10 bits."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
-
-
-def flash_attention(q, k, v):
-    """FlashAttention for strided q, k, v of one dtype and a head_dim of HEAD_DIMS; features must lie side by side."""
-    return FlashAttention.apply(*(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)))

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from minipic import training
 from minipic.common import option, random
 from minipic.data import Picture, compose
 from minipic.image import labelled_grid, to_pictures
@@ -73,10 +75,12 @@ class Towers(nn.Module):
 def build(config):
     """New towers, and the vocabulary of the captions in `<out>/tokenizer` and `tokenizer_2`."""
     folder = Path(config.out)
-    if not (folder / "tokenizer_2" / "vocab.json").exists():
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if first and not (config.resume and (folder / "tokenizer_2" / "merges.txt").exists()):  # written last
         captions = [compose(config.seed, i).caption(random(config.seed, "vocabulary", i)) for i in range(2000)]
         train_tokenizer(captions, folder / "tokenizer", config.vocabulary, END)
         train_tokenizer(captions, folder / "tokenizer_2", config.vocabulary, "!")
+    training.wait()
     towers = Towers(Tokenizer(folder / "tokenizer").size)
     towers.tokenizers = [Tokenizer(folder / "tokenizer"), Tokenizer(folder / "tokenizer_2")]
     return towers

@@ -59,7 +59,7 @@ def draw_prior(pipeline, folder, config):
     pipeline.eval()
     drawn = len(list(folder.glob("*.png")))
     for i in tqdm(range(drawn, config.prior_pictures), "class", leave=False, mininterval=2):
-        picture = pipeline.generate(config.prior, seed=10**6 * (config.seed + 1) + i)[0]
+        picture = pipeline.generate(config.prior, seed=(10**6 * (config.seed + 1) + i) % 2**63)[0]
         save_new(picture, folder / f"{i:04d}.png")
     pipeline.train()
 

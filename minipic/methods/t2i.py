@@ -110,11 +110,17 @@ class Recipe(Photos):
         super().__post_init__()
         if self.from_nothing and self.lora_rank:
             raise InputError("--lora-rank changes a model that is there; leave out --from-nothing")
+        if self.lora_alpha and not self.lora_rank:
+            raise InputError("--lora-alpha: needs --lora-rank, the LoRA that it scales")
+        if self.side and not self.data:
+            raise InputError("--side: the world's pictures have sizes of their own; give --data, or leave it out")
 
 
 def load(config, dtype=torch.float32, also=""):
     """The pipeline of --model. A UNet that looks at more than x trains only in the recipe that says so: `also`."""
     pipeline = Pipeline.load(config.model, dtype)
+    if pipeline.sdxl and pipeline.text_encoder is None:
+        raise InputError(f"--model {config.model}: is a refiner, which no recipe trains; give an ordinary model")
     if pipeline.looks not in ("", also):
         raise InputError(f"--model {config.model}: its UNet takes {pipeline.unet.config.in_channels} channels, which "
                          "this recipe cannot train; give an ordinary model")
@@ -130,18 +136,13 @@ def build(config):
     parts = {name: load_part(open_part(folder / name, name), torch.float32)
              for name in ("vae", "text_encoder", "text_encoder_2")}
     first, second = parts["text_encoder"].config, parts["text_encoder_2"].config
-    unet = start_small(UNet(tiny(first.hidden_size + second.hidden_size, second.projection_dim)))
+    unet = UNet(tiny(first.hidden_size + second.hidden_size, second.projection_dim))
+    for name, module in unet.named_modules():  # every residual branch begins at zero, as LDM's: it learns at once
+        if name.endswith(("conv2", "proj_out")) or name == "conv_out":
+            torch.nn.init.zeros_(module.weight), torch.nn.init.zeros_(module.bias)
     return Pipeline(unet=unet, **parts, tokenizer=Tokenizer(folder / "tokenizer"),
                     tokenizer_2=Tokenizer(folder / "tokenizer_2"), schedule=Schedule(prediction_type=config.prediction),
                     index={"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True})
-
-
-def start_small(unet):
-    """Begin with every residual branch at zero, as LDM does: the new UNet is a few convolutions that learn at once."""
-    for name, module in unet.named_modules():
-        if name.endswith(("conv2", "proj_out")) or name == "conv_out":
-            torch.nn.init.zeros_(module.weight), torch.nn.init.zeros_(module.bias)
-    return unet
 
 
 def setup(pipeline, config):

@@ -61,6 +61,9 @@ class EncoderConfig:
             for name in getattr(config, f"{stem.lower()}_block_types", ()):
                 if name not in (f"{stem}Block2D", f"CrossAttn{stem}Block2D"):
                     raise InputError(f"{where}: block type {name!r} is not supported")
+        for key in ("down_block_types", "up_block_types", "attention_head_dim", "transformer_layers_per_block"):
+            if len(config.per_level(getattr(config, key, 0))) != len(config.block_out_channels):
+                raise InputError(f"{where}: {key} must have {len(config.block_out_channels)} values, one for each level")
         return config
 
     def per_level(self, value):

@@ -16,6 +16,7 @@ from minipic.layers.attention import Attention
 from minipic.layers.blocks import Downsample, ResnetBlock, Upsample, group_norm
 
 FIXED = {"act_fn": ("silu",), "latents_mean": (None,), "latents_std": (None,), "mid_block_add_attention": (True,)}
+TYPES = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}  # one for each level
 EPS = 1e-6  # of every GroupNorm; PyTorch's default 1e-5 gives pictures that are visibly off
 
 
@@ -41,22 +42,17 @@ class VAEConfig:
         """Read an official config.json; keys it lacks take diffusers' defaults. SD 1.5's lacks the scaling factor."""
         legacy = {"sample_size": 32, "block_out_channels": (64,), "layers_per_block": 1, "scaling_factor": 0.18215}
         values = legacy | values
-        levels = len(values["block_out_channels"])
-        return from_json(cls, values, FIXED | block_types(levels, lambda types: (types,)), where)
+        types = {key: (name * len(values["block_out_channels"]),) for key, name in TYPES.items()}
+        return from_json(cls, values, FIXED | types, where)
 
     def to_json(self):
-        return {"_class_name": "AutoencoderKL", **asdict(self), **block_types(len(self.block_out_channels))}
+        types = {key: name * len(self.block_out_channels) for key, name in TYPES.items()}
+        return {"_class_name": "AutoencoderKL", **asdict(self), **types}
 
     @property
     def factor(self):
         """Pixels per latent pixel along a side."""
         return 2 ** (len(self.block_out_channels) - 1)
-
-
-def block_types(levels, form=lambda types: types):
-    """The two keys of the official file that only repeat the number of levels."""
-    return {f"{way.lower()}_block_types": form((f"{way}{part}Block2D",) * levels)
-            for way, part in (("Down", "Encoder"), ("Up", "Decoder"))}
 
 
 SDXL_VAE = VAEConfig()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minipic.common import from_json
+from minipic.common import InputError, from_json
 from minipic.weights import read_json, read_weights, save_weights, write_json
 from minipic.world.caption import FACTS, Description, Thing, compare, relations_of
 from minipic.world.scene import AHEAD, ASIDE, COLORS, FLOORS, PATTERNS, PLACES, SHAPES, SIZES, SKIES
@@ -73,10 +73,13 @@ def save_judge(judge, folder):
 def load_judge(folder):
     """The judge of `folder`, in eval mode. Raises InputError for files that don't fit."""
     config = from_json(JudgeConfig, read_json(Path(folder, "config.json")), {}, f"{folder}/config.json")
-    with torch.device("meta"):
-        judge = Judge(config)
     weights = {k: v.float() for k, v in read_weights(Path(folder, "model.safetensors")).items()}
-    judge.load_state_dict(weights, strict=True, assign=True)
+    try:
+        with torch.device("meta"):
+            judge = Judge(config)
+        judge.load_state_dict(weights, strict=True, assign=True)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise InputError(f"{folder}: model.safetensors does not fit config.json; copy both again") from error
     return judge.eval()
 
 
@@ -90,11 +93,7 @@ def heads(numbers, sizes, dim):
 @torch.no_grad()
 def read(judge, images, batch=256):
     """Pictures [B,3,H,W] in [-1,1] -> B Descriptions of everything that the judge sees."""
-    found = []
-    for part in images.split(batch):
-        cells, setting = judge(part)
-        found += [_describe(c, s) for c, s in zip(cells, setting)]
-    return found
+    return [_describe(c, s) for part in images.split(batch) for c, s in zip(*judge(part))]
 
 
 def _describe(cells, setting):
@@ -143,10 +142,8 @@ def accuracy(asked, seen):
 @torch.no_grad()
 def embed(judge, images, batch=256):
     """One vector [B, width + deep] for each picture: the judge's features, averaged over the picture."""
-    vectors = []
-    for part in images.split(batch):
-        vectors.append(torch.cat([F.relu(f).mean((2, 3)).float() for f in judge.features(part)], 1))
-    return torch.cat(vectors)
+    return torch.cat([torch.cat([F.relu(f).mean((2, 3)).float() for f in judge.features(part)], 1)
+                      for part in images.split(batch)])
 
 
 @torch.no_grad()

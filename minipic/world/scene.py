@@ -70,21 +70,16 @@ class Scene:
 
 def hull(objects):
     """World points [K,P,3] whose convex hulls hold the objects."""
-    return to_world(HULLS[[SHAPES.index(o.shape) for o in objects]], objects)
+    turn = torch.tensor([math.radians(o.turn) for o in objects])
+    radius = torch.tensor([SIZES[o.size] for o in objects])[:, None, None]
+    c, s, zero, one = turn.cos(), turn.sin(), torch.zeros_like(turn), torch.ones_like(turn)
+    rotation = torch.stack([c, zero, s, zero, one, zero, -s, zero, c], 1).view(-1, 3, 3)
+    return radius * HULLS[[SHAPES.index(o.shape) for o in objects]] @ rotation.mT + centres(objects)[:, None]
 
 
 def centres(objects):
     """The middles of the objects [K,3] in the world."""
     return torch.tensor([[o.x, o.y + SIZES[o.size] * SOLIDS[o.shape].base, o.z] for o in objects]).view(-1, 3)
-
-
-def to_world(points, objects):
-    """Points [K,P,3] in each solid's own frame -> in the world."""
-    turn = torch.tensor([math.radians(o.turn) for o in objects])
-    radius = torch.tensor([SIZES[o.size] for o in objects])[:, None, None]
-    c, s, zero, one = turn.cos(), turn.sin(), torch.zeros_like(turn), torch.ones_like(turn)
-    rotation = torch.stack([c, zero, s, zero, one, zero, -s, zero, c], 1).view(-1, 3, 3)
-    return radius * points @ rotation.transpose(1, 2) + centres(objects)[:, None]
 
 
 # ---- drawing scenes at random -----------------------------------------------------------------------------------
