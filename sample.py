@@ -84,7 +84,7 @@ def main(argv=None):
         config = read_flags(sys.argv[1:] if argv is None else argv)
         with enough_memory("choose a smaller --size, or --dtype bf16"):
             return selftest(config) if config.selftest else draw(config)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
 

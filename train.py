@@ -11,7 +11,6 @@ finished weights in the official layout. What a recipe must have is listed in mi
 """
 
 import dataclasses
-import errno
 import importlib
 import sys
 import time
@@ -49,10 +48,8 @@ def main(argv=None):
     except InputError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        print(f"train.py: cannot write: {error}; make room and go on with --resume latest", file=sys.stderr)
+    except OSError as error:  # a full disk, or a path that cannot be used
+        print(f"train.py: {error}; make room or choose another path, and go on with --resume latest", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():

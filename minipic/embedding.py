@@ -53,14 +53,15 @@ def load_embedding(path):
         found = {WIDTHS[key]: tensor for key, tensor in tensors.items()}
     else:
         found, (word, *more) = {"text_encoder": next(iter(tensors.values()))}, tensors
-        second = path.with_name(path.stem + "_2" + path.suffix)
-        if second.exists() and not more:
+        second = path.with_name(path.name.replace("learned_embeds", "learned_embeds_2"))
+        if second != path and second.exists() and not more:
             other = read_weights(second)
             more = [key for key in other if key != word]
             found["text_encoder_2"] = other.get(word, torch.empty(0))  # refused below
         if more:
             raise InputError(f"{path}: {more[0]!r} is more than one word's vectors; expected clip_l and clip_g, or one "
                              "word")
+    found = {part: x[None] if x.ndim == 1 and len(x) else x for part, x in found.items()}  # diffusers until 2023
     if any(tensor.ndim != 2 for tensor in found.values()) or len({len(tensor) for tensor in found.values()}) != 1:
         raise InputError(f"{path}: is no textual inversion: expected vectors [n, width], as many for each encoder")
     return found, word

@@ -19,7 +19,8 @@ import torch
 from minipic.common import InputError
 from minipic.image import cover, open_picture, to_tensor
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp",
+            ".avif", ".gif", ".heic", ".jxl", ".tif", ".tiff")  # these are not read, and so are listed as unusable
 WIDEST = 2.0  # the largest ratio of a bucket's sides
 
 
@@ -51,12 +52,9 @@ class Photo:
 def buckets(side, step):
     """Sizes (H, W), multiples of `step`, of at most side x side pixels and at least one step less, no wider than
     WIDEST."""
-    found = {}
-    for height in range(step, int(side * math.sqrt(WIDEST)) + step, step):
-        width = side * side // height // step * step
-        if width and max(width / height, height / width) <= WIDEST:
-            found[height, width] = None
-    return list(found)
+    heights = range(step, int(side * math.sqrt(WIDEST)) + step, step)
+    sizes = [(height, side * side // height // step * step) for height in heights]
+    return [(height, width) for height, width in sizes if width and max(width / height, height / width) <= WIDEST]
 
 
 def fit(original, sizes):

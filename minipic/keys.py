@@ -15,7 +15,8 @@ VAE_LEVELS = 4  # LDM numbers the decoder's levels from the picture, diffusers f
 SCHEDULE = ("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
             "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
             "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2")
-IGNORED = re.compile(r"(.*\.)?(position_ids|logit_scale)|denoiser\.sigmas|model_ema\..*|" + "|".join(SCHEDULE))
+IGNORED = re.compile(r"(.*\.)?(position_ids|logit_scale)|denoiser\.sigmas|(model_ema|loss)\..*|v_pred|ztsnr|"
+                     r"(cond_stage_model|conditioner\.embedders\.0)\.text_projection|" + "|".join(SCHEDULE))
 
 UNET_ENDS = {
     "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",

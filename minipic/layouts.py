@@ -121,7 +121,11 @@ def look(path):
 
 def from_single_file(path, parts, index, scheduler):
     """The parts of a file whose kind is known; every tensor must belong to a part or to the ignored ones."""
-    path, entries = Path(path), read_header(path)[0]
+    path, (entries, metadata) = Path(path), read_header(path)
+    if "v_pred" in entries or metadata.get("modelspec.prediction_type") == "v":  # ComfyUI's mark, and sd-scripts'
+        scheduler = scheduler | {"prediction_type": "v_prediction"}
+    if "ztsnr" in entries:
+        scheduler = scheduler | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     channels, unet = keys.channels({name: entry.shape for name, entry in entries.items()}), parts["unet"]
     if channels in WIDER:
         parts = parts | {"unet": replace(unet, config=replace(unet.config, in_channels=channels))}
@@ -317,8 +321,8 @@ def save_part(model, folder, dtype=None):
     stem = "diffusion_pytorch_model" if "_class_name" in values else "model"  # transformers' files have the short name
     state = {key: tensor.to(dtype=dtype) for key, tensor in model.state_dict().items()}
     save_weights(state, folder / f"{stem}.safetensors")
-    for old in folder.glob(f"{stem}[.-]*safetensors*"):
-        if old.name != f"{stem}.safetensors":
+    for ending in (".fp16*.safetensors", ".*index*.json", "*-of-*.safetensors"):
+        for old in folder.glob(stem + ending):
             old.unlink()
     write_json(values, folder / "config.json")
     return values

@@ -13,6 +13,7 @@ import re
 import tempfile
 from collections import namedtuple
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -128,14 +129,7 @@ def stream(path, entries):
 
     Mapped in groups, so that tensors that are dropped or converted give their memory back while the rest is read.
     """
-    groups, room = [], 0
-    for name, entry in entries.items():
-        if room < entry.end - entry.start:
-            groups.append([])
-            room = max(GROUP, entry.end - entry.start)
-        groups[-1].append(name)
-        room -= entry.end - entry.start
-    for group in groups:
+    for _, group in groupby(entries, lambda name: entries[name].start // GROUP):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in group:
@@ -190,7 +184,7 @@ def replacing(path, size=0):
         raise InputError(f"{path}: cannot write {size or 'all'} bytes ({error}); make room or choose another "
                          "place") from None
     finally:
-        if temporary.exists():
+        if os.path.exists(temporary):
             temporary.unlink()
 
 
@@ -217,7 +211,7 @@ def flush(path):
 def read_json(path):
     """The object in a JSON file; InputError naming the file when it is missing or is no JSON object."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"{path}: cannot read it ({error.strerror}); expected a JSON file") from None
     except (ValueError, RecursionError):
@@ -241,6 +235,8 @@ def load_lora(path, models, partial=False):
     places = {name: keys.lora(name) for name in entries}
     fitting = {name for name, place in places.items() if place and place[1] in known.get(place[0], ())}
     strangers = [name for name in entries if name not in fitting]
+    if dora := [name for name in strangers if re.search("dora_scale|lora_magnitude_vector", name)]:
+        raise InputError(f"{path} is a DoRA ({dora[0]}), which is not supported; use a LoRA")
     if not fitting or (strangers and not partial):
         raise InputError(f"{path}: {len(strangers)} of {len(entries)} tensors fit no part of this model "
                          f"({', '.join(strangers[:3])}{', ...' * (len(strangers) > 3)}); use a LoRA made for it, "
@@ -248,24 +244,24 @@ def load_lora(path, models, partial=False):
     damaged = InputError(f"{path}: the header's lora_adapter_metadata is damaged; fetch the file again")
     try:
         noted, found = dict(json.loads(metadata.get("lora_adapter_metadata", "{}"))), {}
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise damaged from None
     for name, tensor in stream(path, {name: entry for name, entry in entries.items() if name in fitting}):
         part, spelling, role = places[name]
-        found.setdefault((part, known[part][spelling]), {})[role] = tensor
+        if found.setdefault((part, known[part][spelling]), {}).setdefault(role, tensor) is not tensor:
+            raise InputError(f"{path}: {name!r} is there in two spellings; the file mixes two LoRAs, use another")
     loras = {}
     for (part, module), tensors in found.items():
         layer = models[part].get_submodule(module)
-        a, b = (tensors.get(role) for role in "AB")
+        a, b = (tensors.get(role, torch.empty(0)) for role in "AB")
         wanted = tuple(layer.weight.shape) if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)) else ()
-        fits = a is not None and b is not None and wanted and (
-            len(b), b.numel() // len(b), a.numel() // len(a)) == (wanted[0], len(a), math.prod(wanted[1:]))
-        if not fits:
+        if not wanted or not a.numel() or min(a.ndim, b.ndim) < 2 or (
+                b.flatten(1).shape, a[0].numel()) != ((wanted[0], len(a)), math.prod(wanted[1:])):
             raise InputError(f"{path}: the LoRA of {part}.{module} does not fit its weight {list(wanted)}; "
                              "use a LoRA made for this model")
         try:
             alpha = float(tensors["alpha"] if "alpha" in tensors else noted_alpha(noted, part, module, len(a)))
-        except (ValueError, TypeError, AttributeError, re.error):
+        except (ValueError, TypeError, AttributeError, OverflowError, re.error):
             raise damaged from None
         loras.setdefault(part, {})[module] = a, b, alpha
     return loras

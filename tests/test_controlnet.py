@@ -154,6 +154,8 @@ def test_a_new_one_changes_no_bit_and_learns(small):
     again = model(given["x"], given["t"], given["context"], hint, given["pooled"], given["size_ids"])
     assert all(map(torch.equal, again, residuals))
     assert ControlNet.from_unet(unet, 4).config.misfit(unet.config, 4) is None is model.config.misfit(unet.config, 8)
+    assert model.config.misfit(replace(unet.config, in_channels=9), 8) is None  # an inpainting UNet: it sees x alone
+    assert model.config.misfit(replace(unet.config, out_channels=16), 8) == "takes 4 channels and the UNet makes 16"
 
 
 # Files and pipelines ----------------------------------------------------------------------------------------------
@@ -240,6 +242,7 @@ def test_the_config_is_told_from_full_size_shapes(size):
     table = meta(lambda: ControlNet(config)).state_dict()
     found = ControlNetConfig.told({name: tuple(x.shape) for name, x in table.items()}, unet)
     assert peers.key_table(meta(lambda: ControlNet(found))) == peers.key_table(meta(lambda: ControlNet(config)))
+    assert ControlNetConfig.told({name: tuple(x.shape) for name, x in table.items()}, replace(unet, in_channels=9)) == found
     assert found.per_level(found.attention_head_dim) == config.per_level(config.attention_head_dim)
     assert replace(found, transformer_layers_per_block=config.transformer_layers_per_block,
                    use_linear_projection=config.use_linear_projection) == config and found.misfit(unet, 8) is None

@@ -69,6 +69,14 @@ def test_files_come_back_in_both_spellings(tmp_path):
     for name, word in (("cat.safetensors", "<cat>"), ("learned_embeds.safetensors", "<cat>")):
         found, told = load_embedding(tmp_path / name)
         assert told == word and all(torch.equal(found[part], VECTORS[part]) for part in VECTORS)
+    (tmp_path / "learned_embeds.safetensors").rename(tmp_path / "learned_embeds-steps-500.safetensors")
+    (tmp_path / "learned_embeds_2.safetensors").rename(tmp_path / "learned_embeds_2-steps-500.safetensors")
+    found, told = load_embedding(tmp_path / "learned_embeds-steps-500.safetensors")
+    assert told == "<cat>" and torch.equal(found["text_encoder_2"], VECTORS["text_encoder_2"])
+    save_weights({"<dog>": VECTORS["text_encoder"][0]}, tmp_path / "dog.safetensors")  # one vector, as diffusers had it
+    save_weights({"other": torch.zeros(3)}, tmp_path / "dog_2.safetensors")  # and a file that has nothing to do with it
+    found, told = load_embedding(tmp_path / "dog.safetensors")
+    assert told == "<dog>" and torch.equal(found["text_encoder"], VECTORS["text_encoder"][:1]) and len(found) == 1
     save_weights({"emb_params": VECTORS["text_encoder"]}, tmp_path / "sd15.safetensors")
     pipeline = build("sd15")
     pipeline.add_embedding(tmp_path / "sd15.safetensors")
@@ -81,7 +89,7 @@ def test_files_come_back_in_both_spellings(tmp_path):
     ({"clip_l": torch.zeros(1, 16)}, "its vectors are as wide as"),
     ({"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(1, 1280)}, "its vectors are as wide as"),
     ({"clip_l": torch.zeros(1, 16), "clip_g": torch.zeros(2, 24)}, "is no textual inversion"),
-    ({"clip_l": torch.zeros(16), "clip_g": torch.zeros(24)}, "is no textual inversion"),
+    ({"clip_l": torch.zeros(1, 1, 16), "clip_g": torch.zeros(1, 1, 24)}, "is no textual inversion"),
     ({"<a>": torch.zeros(1, 16), "<b>": torch.zeros(1, 24)}, "is more than one word's vectors"),
 ])
 def test_what_does_not_fit_is_refused_by_name(tensors, words, tmp_path, capsys):

@@ -69,13 +69,14 @@ def test_everything_wrong_is_listed_before_anything_is_trained(folder):
     picture(folder / "silent.png", 64, 64)
     picture(folder / "empty.png", 64, 64, " ")
     picture(folder / "latin.png", 64, 64)
+    (folder / "photo.HEIC").write_bytes(b"\0\0\0\x18ftypheic"), (folder / "photo.txt").write_text("a photo")
     (folder / "latin.caption").write_bytes("ein Würfel".encode("latin-1"))
     with open(folder / "metadata.jsonl", "a") as file:
         file.write('{"file_name": "gone.png", "text": "gone"}\nnonsense\n')
     said = []
-    with pytest.raises(InputError, match="6 problems.*--bad-images skip"):
+    with pytest.raises(InputError, match="7 problems.*--bad-images skip"):
         read_folder(folder, 64, 16, say=said.append)
-    for words in ("cut.png: expected a PNG", "silent.png: has no caption; write silent.txt", "empty.png: its caption",
+    for words in ("cut.png: expected a PNG", "photo.HEIC: expected a PNG", "silent.png: has no caption; write silent.txt", "empty.png: its caption",
                   "latin.caption: is not UTF-8", "gone.png: named in metadata.jsonl", "metadata.jsonl, line 4: expected"):
         assert words in said[0]
     assert len(read_folder(folder, 64, 16, skip=True, say=said.append)) == 3

@@ -165,7 +165,8 @@ def test_clip_with_and_without_its_prefix(name):
 @pytest.mark.parametrize("name, ignored", [
     ("text_model.embeddings.position_ids", True), ("logit_scale", True), ("denoiser.sigmas", True),
     ("model_ema.diffusion_modelinput_blocks00weight", True), ("betas", True), ("position_ids.weight", False),
-    ("decoder.betas", False), ("text_projection", False)])
+    ("decoder.betas", False), ("text_projection", False), ("loss.logvar", True), ("decoder.loss.logvar", False),
+    ("conditioner.embedders.0.text_projection", True), ("conditioner.embedders.1.model.text_projection", False)])
 def test_what_is_ignored(name, ignored):
     assert bool(keys.IGNORED.fullmatch(name)) == ignored
 

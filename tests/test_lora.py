@@ -182,7 +182,10 @@ def test_kohya_and_peft_files_of_ours_come_back(tmp_path, pipeline):
 @pytest.mark.parametrize("change, words", [
     (lambda t: t | {"lora_unet_nowhere.lora_up.weight": torch.ones(4, 4)},
      "1 of 7 tensors fit no part.*lora_unet_nowhere"),
-    (lambda t: t | {next(iter(t)).partition(".")[0] + ".dora_scale": torch.ones(4)}, "dora_scale"),
+    (lambda t: t | {next(iter(t)).partition(".")[0] + ".dora_scale": torch.ones(4)}, "is a DoRA .*dora_scale"),
+    (lambda t: {k: v.new_ones(()) if "down" in k else v for k, v in t.items()}, "does not fit"),
+    (lambda t: {k: v.new_empty(0, 4) if "up" in k else v for k, v in t.items()}, "does not fit"),
+    (lambda t: t | {f"unet.{UNET}.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}, "is there in two spellings"),
     (lambda t: {k: v[:, :3] if "down" in k else v for k, v in t.items()}, r"does not fit its weight \["),
     (lambda t: {k: v for k, v in t.items() if "up" not in k}, "does not fit"),
     (lambda t: {"x": torch.ones(2)}, "1 of 1 tensors fit no part"),
@@ -205,7 +208,7 @@ def test_alpha_may_stand_in_the_header(tmp_path, pipeline):
     found = load_lora(path, parts(pipeline))
     assert found["unet"][UNET][2] == 2 and found["text_encoder"][module][2] == 5
     for damaged in ('{', '{"unet.lora_alpha": "x"}', '{"unet.alpha_pattern": [1]}', '{"unet.lora_alpha": NaN}',
-                    '{"unet.alpha_pattern": {"(": 3}}'):
+                    '{"unet.alpha_pattern": {"(": 3}}', "[" * 100_000, f'{{"unet.lora_alpha": {10**400}}}'):
         save_weights(tensors, path, {"lora_adapter_metadata": damaged})
         with pytest.raises(InputError, match="lora_adapter_metadata is damaged"):
             load_lora(path, parts(pipeline))
@@ -215,6 +218,9 @@ def test_the_rest_is_used_when_asked(tmp_path, pipeline):
     path = written(tmp_path / "x.safetensors", "kohya, sgm blocks")
     save_weights(read_weights(path) | {"lora_unet_nowhere.lora_up.weight": torch.ones(4, 4)}, path)
     assert set(load_lora(path, parts(pipeline), partial=True)) == {"unet", "text_encoder"}
+    save_weights(read_weights(path) | {f"unet.{UNET}.lora_magnitude_vector": torch.ones(4)}, path)
+    with pytest.raises(InputError, match="is a DoRA"):  # without its scales it would be another change
+        load_lora(path, parts(pipeline), partial=True)
 
 
 def test_pipeline_draws_with_loras_and_without_again(tmp_path):

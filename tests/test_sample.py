@@ -167,6 +167,7 @@ WRONG = {
     "--steps many": "argument --steps: invalid int value: 'many'",
     "--n 0": "--n 0",
     "--model nowhere": "nowhere: no such file or folder",
+    f"--model {'a' * 300}": "File name too long",
     "--model photo.png": "photo.png is",
     "--vae nowhere": "nowhere",
     "--refiner nowhere": "nowhere",

@@ -10,6 +10,7 @@ from single_files import ldm_vae, networks, old_vae, single_file, tiny
 
 from minipic import layouts, weights
 from minipic.common import InputError
+from minipic.diffusion.schedule import Schedule
 from minipic.weights import read_header, read_weights, save_weights
 
 FAMILIES = list(layouts.SINGLE_FILES)
@@ -219,11 +220,12 @@ def test_fp16_variants(folder, models):
     assert list(layouts.open_model(folder, half=True).parts["vae"].files) == [half]
     full.unlink()
     assert list(layouts.open_model(folder).parts["vae"].files) == [half]
+    copy = full.with_name("diffusion_pytorch_model.non_ema.safetensors")
     index, shard = full.with_name(full.name + ".index.json"), full.with_name(full.stem + "-00001-of-00001.safetensors")
-    index.touch(), shard.touch(), full.with_name("notes.txt").touch()
+    index.touch(), shard.touch(), copy.touch(), full.with_name("notes.txt").touch()
     layouts.save_part(models["sdxl"]["vae"], folder / "vae")  # saved in place, nothing old is read any more
     assert list(layouts.open_model(folder, half=True).parts["vae"].files) == [full]
-    assert {path.name for path in full.parent.iterdir()} == {full.name, "config.json", "notes.txt"}
+    assert {path.name for path in full.parent.iterdir()} == {full.name, copy.name, "config.json", "notes.txt"}
 
 
 @pytest.mark.parametrize("spelling", [
@@ -349,6 +351,18 @@ def test_single_files_that_are_no_model(tmp_path, models):
         layouts.open_vae(path)
     with pytest.raises(InputError, match="no such file"):
         layouts.open_model(tmp_path / "nothing")
+
+
+def test_a_single_file_may_say_that_it_predicts_v(tmp_path, models):
+    path, tensors = tmp_path / "one.safetensors", single_file("sdxl", models["sdxl"])
+    for more, noted, kind, zero in (({}, {}, "epsilon", False), ({}, {"modelspec.prediction_type": "v"}, "v_prediction", False),
+                                    ({"v_pred": torch.empty(0)}, {}, "v_prediction", False),
+                                    ({"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}, {}, "v_prediction", True)):
+        save_weights(more | tensors, path, noted)
+        source = layouts.from_single_file(path, *tiny("sdxl"))
+        schedule = Schedule.from_json(source.scheduler)
+        assert (schedule.prediction_type, schedule.rescale_betas_zero_snr) == (kind, zero)
+        assert all_equal(loaded(source.parts), states(models["sdxl"]))
 
 
 def test_strangers_in_a_single_file(tmp_path, models):

@@ -52,8 +52,7 @@ def loss(pipeline, batch, config):
     def network(x, t, context, pooled, size_ids):
         residuals = pipeline.controlnet(x, t, context, batch["hint"], pooled, size_ids)
         return pipeline.unet(x, t, context, pooled, size_ids, residuals)
-    texts = t2i.encode_batch(pipeline, batch["captions"], train_text=False)
-    return t2i.diffusion_loss(pipeline, batch, *texts, config, network)
+    return t2i.loss(pipeline, batch, config, network)
 
 
 def sample(pipeline, config):

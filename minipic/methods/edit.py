@@ -70,8 +70,7 @@ def data(pipeline, config):
 def loss(pipeline, batch, config):
     def network(x, *told):
         return pipeline.unet(torch.cat([x, batch["source"]], dim=1), *told)
-    texts = t2i.encode_batch(pipeline, batch["captions"], train_text=False)
-    return t2i.diffusion_loss(pipeline, batch, *texts, config, network)
+    return t2i.loss(pipeline, batch, config, network)
 
 
 def sample(pipeline, config):

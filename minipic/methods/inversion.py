@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from minipic.common import InputError, option
 from minipic.embedding import save_embedding
 from minipic.methods import t2i
-from minipic.methods.t2i import sample  # noqa: F401
+from minipic.methods.t2i import loss, sample  # noqa: F401
 
 
 @dataclass
@@ -26,6 +26,7 @@ class Recipe(t2i.Photos):
     weight_decay: float = option(0.0, "AdamW's decay, which would draw the vectors to zero")
 
     LEAST = t2i.Photos.LEAST | {"vectors": 1}
+    train_text = True  # there the vectors are
 
     def __post_init__(self):
         super().__post_init__()
@@ -64,10 +65,6 @@ def data(pipeline, config):
         raise InputError(f"{missing.path}: its caption {missing.text!r} lacks the word {config.word}; put it there, or "
                          f'give --caption "a picture of {config.word}" in place of caption files')
     return t2i.batches(pipeline, pictures, {}, config)
-
-
-def loss(pipeline, batch, config):
-    return t2i.diffusion_loss(pipeline, batch, *t2i.encode_batch(pipeline, batch["captions"], train_text=True), config)
 
 
 def export(pipeline, folder, config):

@@ -51,6 +51,7 @@ class Denoising(Base):
     drop: float = option(0.1, "share of captions left out, for guidance: half zeros, half the empty prompt")
 
     LEAST = Base.LEAST | {"side": 0, "min_snr": 0, "logit_normal": 0, "drop": 0}
+    train_text = False  # a flag of t2i's
 
     def __post_init__(self):
         super().__post_init__()
@@ -250,14 +251,11 @@ def encode_pictures(vae, pictures, chunk=64):
     return latents
 
 
-def loss(pipeline, batch, config):
-    if "context" in batch:
-        return diffusion_loss(pipeline, batch, batch["context"], batch.get("pooled"), config)
-    return diffusion_loss(pipeline, batch, *encode_batch(pipeline, batch["captions"], config.train_text), config)
+def loss(pipeline, batch, config, network=None):
+    """The objective's loss of a batch -> scalar. `network`: what predicts, if not the UNet."""
+    context, pooled = ((batch["context"], batch.get("pooled")) if "context" in batch else
+                       encode_batch(pipeline, batch["captions"], config.train_text))
 
-
-def diffusion_loss(pipeline, batch, context, pooled, config, network=None):
-    """The objective's loss of a batch with its texts encoded -> scalar. `network`: what predicts, if not the UNet."""
     def predict(x, t):
         return (network or pipeline.unet)(x, t, context, pooled, batch["size_ids"])
     return pipeline.schedule.objective.loss(predict, batch["x0"], batch["noise"], batch["t"].cpu(),

@@ -39,6 +39,7 @@ class ControlNetConfig(EncoderConfig):
         depths = [count(f"{start}transformer_blocks.") for start in [*ends[:-1], "mid_block.attentions.0."]]
         heard = [shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight") and len(shape) == 2]
         return cls(**{f.name: getattr(unet, f.name) for f in fields(EncoderConfig)} | {
+            "in_channels": unet.out_channels,
             "block_out_channels": tuple(width(f"down_blocks.{i}.resnets.0.conv1") for i in levels),
             "down_block_types": tuple(f"{'CrossAttn' * bool(count(start))}DownBlock2D" for start in ends),
             "transformer_layers_per_block": tuple(depths),
@@ -51,8 +52,10 @@ class ControlNetConfig(EncoderConfig):
 
     def misfit(self, unet, factor):
         """Why this cannot steer a UNet with the UNetConfig `unet` and a VAE of `factor`, in words; None if it can."""
-        for name in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim",
-                     "addition_embed_type", "projection_class_embeddings_input_dim"):
+        if self.in_channels != unet.out_channels:  # it sees x alone, also where the UNet sees a picture too
+            return f"takes {self.in_channels} channels and the UNet makes {unet.out_channels}"
+        for name in ("block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type",
+                     "projection_class_embeddings_input_dim"):
             if getattr(self, name) != getattr(unet, name):
                 return f"has {name}={getattr(self, name)!r} and the UNet {getattr(unet, name)!r}"
         channels, times = self.conditioning_channels, 2 ** (len(self.conditioning_embedding_out_channels) - 1)
