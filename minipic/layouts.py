@@ -83,10 +83,11 @@ SINGLE_FILES = {  # what a single file holds, which says nothing of its configs:
 }
 
 
-def open_model(path, half=False, check_hashes=False):
+def open_model(path, half=False, check_hashes=False, vae=None):
     """A Source for a diffusers folder or a single .safetensors file; reads configs and headers, no weights.
 
     `half`: prefer a folder's fp16 files where it has both. `check_hashes`: every weights file must be an official one.
+    `vae`: a VAE's folder or file, which some single files need, for they have none.
     """
     path = Path(path)
     if not path.exists():
@@ -97,6 +98,10 @@ def open_model(path, half=False, check_hashes=False):
             raise InputError(f"{path} is no model: it has neither model_index.json nor one .safetensors file")
         path = files[0]
     source = open_folder(path, half) if path.is_dir() else open_file(path)
+    if vae is not None:
+        source.parts["vae"] = open_vae(vae, source.parts["vae"].config)
+    if not any(source.parts["vae"].files.values()):
+        raise InputError(f"{vae or path} holds no VAE; name one that does with --vae")
     if check_hashes:
         for file in dict.fromkeys(file for part in source.parts.values() for file in part.files):
             verify(file)
@@ -107,9 +112,8 @@ def open_file(path):
     """A single-file checkpoint: SDXL base, Turbo, refiner or SD 1.5."""
     what = look(path)[1]
     if what not in SINGLE_FILES:
-        what = "a VAE alone (give it with --vae)" if what == "vae" else what
-        raise InputError(f"{path} is {what}; expected a single-file SDXL base, Turbo, refiner or SD 1.5 model, "
-                         "or a diffusers folder")
+        raise InputError(f"{path} is {'a VAE alone (give it with --vae)' if what == 'vae' else what}; expected a single-"
+                         "file SDXL base, Turbo, refiner or SD 1.5 model, or a diffusers folder")
     return from_single_file(path, *SINGLE_FILES[what])
 
 
@@ -134,7 +138,8 @@ def from_single_file(path, parts, index, scheduler):
     strangers = [name for name in entries if not name.startswith(prefixes) and not keys.IGNORED.fullmatch(name)]
     if strangers:
         raise InputError(f"{path} holds {len(strangers)} unexpected tensors: {listed(strangers)}")
-    parts = {name: checked(replace(part, files={path: own(entries, part.prefix)})) for name, part in parts.items()}
+    parts = {name: replace(part, files={path: own(entries, part.prefix)}) for name, part in parts.items()}
+    parts = {name: checked(part) if part.files[path] or name != "vae" else part for name, part in parts.items()}
     return Source(parts, index, scheduler)
 
 
@@ -213,8 +218,7 @@ def open_vae(path, config=SDXL_VAE):
 
 
 def open_controlnet(path, unet, factor, half=False):
-    """A ControlNet for a UNet with the config `unet` and a VAE of `factor`: a diffusers folder, or a file in LDM or
-    diffusers names."""
+    """A ControlNet for a UNet of config `unet` and a VAE of `factor`: a folder, or a file in LDM or diffusers names."""
     path = Path(path)
     if path.is_file():
         entries, what = look(path)
@@ -277,8 +281,7 @@ def check_fit(model, found, where):
     """InputError unless `found`, {name: (name in the file, shape)}, are the names and shapes of the model's state."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     unexpected = [found[name][0] for name in found if name not in wanted]
-    foreign = keys.foreign(unexpected)
-    if foreign:
+    if foreign := keys.foreign(unexpected):
         raise InputError(f"{where} is {foreign}; expected the weights of a {type(model).__name__}")
     problems = {
         "missing": [name for name in wanted if name not in found],
@@ -319,10 +322,9 @@ def save_part(model, folder, dtype=None):
     are there in 16 bits or in shards would be read in their place, and are removed."""
     values = model.config.to_json()
     stem = "diffusion_pytorch_model" if "_class_name" in values else "model"  # transformers' files have the short name
-    state = {key: tensor.to(dtype=dtype) for key, tensor in model.state_dict().items()}
-    save_weights(state, folder / f"{stem}.safetensors")
-    for ending in (".fp16*.safetensors", ".*index*.json", "*-of-*.safetensors"):
-        for old in folder.glob(stem + ending):
+    save_weights({key: x.to(dtype=dtype) for key, x in model.state_dict().items()}, folder / f"{stem}.safetensors")
+    for old in folder.glob(f"{stem}*safetensors*"):
+        if re.search("fp16|index|-of-", old.name):
             old.unlink()
     write_json(values, folder / "config.json")
     return values

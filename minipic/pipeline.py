@@ -21,7 +21,7 @@ from minipic.diffusion.samplers import SAMPLERS, keep
 from minipic.diffusion.schedule import Schedule
 from minipic.image import cover, flatten, to_pictures, to_tensor
 from minipic.layers import lora
-from minipic.layouts import blank, load_part, open_model, open_vae, save_folder
+from minipic.layouts import blank, load_part, open_model, save_folder
 from minipic.text import Conditioning, Tokenizer, encode, size_ids
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -55,8 +55,8 @@ class Pipeline(Adapters):
         scale), see `add_lora`. Raises InputError naming what is wrong.
         """
         dtype, path = dtype or torch.float32, Path(path)
-        source = open_model(path, half=dtype != torch.float32, check_hashes=check_hashes)
-        parts = source.parts | ({"vae": open_vae(vae, source.parts["vae"].config)} if vae else {})
+        source = open_model(path, half=dtype != torch.float32, check_hashes=check_hashes, vae=vae)
+        parts = source.parts
         if parts["vae"].config.latent_channels != parts["unet"].config.out_channels:
             raise InputError(f"--vae {vae}: makes {parts['vae'].config.latent_channels} channels, the UNet of {path} "
                              f"{parts['unet'].config.out_channels}")

@@ -365,6 +365,17 @@ def test_a_single_file_may_say_that_it_predicts_v(tmp_path, models):
         assert all_equal(loaded(source.parts), states(models["sdxl"]))
 
 
+def test_a_file_without_a_vae_takes_another(tmp_path, models, monkeypatch):
+    """As files that are called noVAE, which draw with the VAE that a user has anyway."""
+    path, vae = tmp_path / "noVAE.safetensors", models["sdxl"]["vae"]
+    save_weights({name: x for name, x in single_file("sdxl", models["sdxl"]).items() if not name.startswith("first_stage")}, path)
+    monkeypatch.setattr(layouts, "open_file", lambda path: layouts.from_single_file(path, *tiny("sdxl")))
+    layouts.save_part(vae, tmp_path / "vae")
+    with pytest.raises(InputError, match="noVAE.safetensors holds no VAE; name one that does with --vae"):
+        layouts.open_model(path)
+    assert all_equal(loaded(layouts.open_model(path, vae=tmp_path / "vae").parts), states(models["sdxl"]))
+
+
 def test_strangers_in_a_single_file(tmp_path, models):
     path = tmp_path / "one.safetensors"
     save_weights(single_file("sdxl", models["sdxl"]) | {"conditioner.embedders.9.x": torch.ones(1)}, path)
