@@ -62,9 +62,9 @@ class Pipeline(Adapters):
                              f"{parts['unet'].config.out_channels}")
         tokenizers = {TOKENIZERS[name]: open_tokenizer(path, TOKENIZERS[name], part.config.vocab_size)
                       for name, part in parts.items() if name in TOKENIZERS}
-        where = path / "scheduler" / "scheduler_config.json"
         pipeline = cls(**{name: blank(part.model, part.config) for name, part in parts.items()}, **tokenizers,
-                       schedule=Schedule.from_json(source.scheduler, where), index=source.index)
+                       schedule=Schedule.from_json(source.scheduler, path / "scheduler" / "scheduler_config.json"),
+                       index=source.index)
         overflows = dtype == torch.float16 and parts["vae"].config.force_upcast
         pipeline.lazy = {name: (part, torch.float32 if name == "vae" and overflows else dtype, device or "cpu")
                          for name, part in parts.items()}
@@ -122,6 +122,8 @@ class Pipeline(Adapters):
 
         No negative prompt at all (None) is zeros where the model was trained so, as SDXL base was; "" is encoded.
         """
+        if not isinstance(prompt, str):
+            raise InputError(f"prompt {prompt!r}: must be one text; call generate once for each prompt")
         if (prompt, negative) not in self.texts:
             self.fetch(*TOKENIZERS)
             cond, uncond = (Conditioning(*encode([text or ""], self.towers, self.sdxl)) for text in (prompt, negative))

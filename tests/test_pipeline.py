@@ -278,6 +278,11 @@ def test_what_cannot_be_drawn_is_refused(settings, message):
     assert message in str(error.value)
 
 
+def test_prompts_are_given_one_by_one():
+    with pytest.raises(InputError, match="must be one text; call generate once for each"):
+        mine().generate([PROMPT, PROMPT])
+
+
 @pytest.mark.parametrize("damage, message", [
     (lambda folder: shutil.rmtree(folder / "tokenizer_2"), "tokenizer_2: no such folder"),
     (lambda folder: train_tokenizer(tiny.CAPTIONS, folder / "tokenizer", 530), "has 530 tokens, its text"),

@@ -6,7 +6,7 @@ for it, `parse` reads them back exactly, `compare` counts which of the facts ask
 
 import re
 from dataclasses import dataclass, fields
-from itertools import permutations
+from itertools import permutations, product
 
 import torch
 
@@ -50,14 +50,9 @@ def place_of(across):
 
 def relations_of(aside, ahead, least_aside=ASIDE, least_ahead=AHEAD):
     """All clear relations of things at `aside` and `ahead` (see scene.layout), both ways round."""
-    found = []
-    for i in range(len(aside)):
-        for j in range(len(aside)):
-            found += [(i, "left", j)] if aside[j] - aside[i] >= least_aside else []
-            found += [(i, "right", j)] if aside[i] - aside[j] >= least_aside else []
-            found += [(i, "front", j)] if ahead[i] - ahead[j] >= least_ahead else []
-            found += [(i, "behind", j)] if ahead[j] - ahead[i] >= least_ahead else []
-    return tuple(found)
+    return tuple((i, word, j) for i, j in product(range(len(aside)), repeat=2) for word, gap, least in (
+        ("left", aside[j] - aside[i], least_aside), ("right", aside[i] - aside[j], least_aside),
+        ("front", ahead[i] - ahead[j], least_ahead), ("behind", ahead[j] - ahead[i], least_ahead)) if gap >= least)
 
 
 def describe(scene):
