@@ -68,8 +68,8 @@ ENTRIES = {
     "textual inversion": Entry("subject", "inversion" + PHOTOS + '--caption "a <new>" --like {shape} --vectors 4',
                                (100, 200, 400), "embedding", ""),
     **{f"ControlNet, {name}": Entry("control", f"controlnet --control {name} --balanced --scenes 1000 --batch 16 "
-                                    "--warmup 30 --lr 1e-3", counts, "controlnet", "--scenes 4")
-       for name, counts in (("edges", (100, 200, 400)), ("depth", (200, 400, 800)), ("segmentation", (200, 400, 800)))},
+                                    "--warmup 30 --lr 1e-3", (last // 4, last // 2, last), "controlnet", "--scenes 4")
+       for name, last in (("edges", 400), ("depth", 800), ("segmentation", 1600))},  # edges are learned first
     "InstructPix2Pix": Entry("edit", "edit --balanced --scenes 2000 --batch 16 --warmup 50 --lr 1e-3", (250, 500, 1000),
                              "model", "--scenes 4"),
 }
