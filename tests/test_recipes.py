@@ -129,6 +129,16 @@ def test_siblings_differ_in_one_thing_and_hold_no_unseen_pair():
     assert changed > 40  # of 60; panels have none
 
 
+def test_a_vocabulary_left_by_another_run_is_not_taken(tmp_path):
+    config = clip.Recipe(out=str(tmp_path), vocabulary=560)
+    assert clip.build(replace(config, vocabulary=600)).tokenizers[0].size > 560
+    (tmp_path / "tokenizer_2" / "merges.txt").unlink()  # as a kill leaves it
+    assert clip.build(replace(config, resume="latest")).tokenizers[1].size == 560
+    kept = (tmp_path / "tokenizer" / "vocab.json").stat().st_mtime_ns
+    clip.build(replace(config, resume="latest"))
+    assert (tmp_path / "tokenizer" / "vocab.json").stat().st_mtime_ns == kept
+
+
 def test_every_trained_weight_gets_a_gradient():
     """Several processes wait for the gradient of every trained weight: what the UNet never sees must stay out."""
     from tiny import build

@@ -227,6 +227,14 @@ def test_too_little_memory_is_one_sentence(words, capsys, monkeypatch):
         run(PROMPT)
 
 
+def test_a_folder_with_one_file_is_as_large_as_the_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(sample, "LARGE", 10)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    (tmp_path / "one.safetensors").write_bytes(bytes(11))
+    assert [sample.choose(sample.Settings(model=str(path), device="cpu"), 0)[1]
+            for path in (tmp_path, tmp_path / "one.safetensors")] == ["bf16", "bf16"]
+
+
 def test_a_lora_may_lie_in_any_folder():
     assert sample.cut("a.safetensors/b.safetensors:0.8") == ("a.safetensors/b.safetensors", "0.8")
     assert sample.cut("C:\\loras\\b.safetensors") == ("C:\\loras\\b.safetensors", "")
