@@ -11,7 +11,7 @@ import re
 BLOCKS_A_LEVEL = 3  # sgm numbers UNet blocks through the levels: 2 resnets and a resampler, or 3 resnets on the way up
 VAE_LEVELS = 4  # LDM numbers the decoder's levels from the picture, diffusers from the latent
 
-# Tensors of official files that hold no weights of the networks: training leftovers and precomputed tables.
+# Tensors of official files that hold no weights of the networks: training leftovers, precomputed tables and marks.
 SCHEDULE = ("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
             "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
             "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2")

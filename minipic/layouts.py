@@ -159,9 +159,8 @@ def open_folder(path, half=False):
     for name in sorted(present - (KINDS.keys() - ADDED) - set(OTHERS)):
         raise InputError(f"{path / 'model_index.json'} lists a part {name!r}, which is not supported")
     parts = {name: open_part(path / name, name, half) for name in KINDS if name in present}
-    for name in ("unet", "vae"):
-        if name not in parts:
-            raise InputError(f"{path / 'model_index.json'} lists no {name!r}; fetch the folder again")
+    if missing := [name for name in ("unet", "vae") if name not in parts]:
+        raise InputError(f"{path / 'model_index.json'} lists no {missing[0]!r}; fetch the folder again")
     unet, latent = parts["unet"].config, parts["vae"].config.latent_channels
     if unet.in_channels not in (latent, 2 * latent, 2 * latent + 1) or unet.out_channels != latent:
         raise InputError(f"{path / 'unet'} takes {unet.in_channels} channels and makes {unet.out_channels}; with a VAE of "

@@ -275,6 +275,16 @@ def test_mistakes_get_one_sentence_and_exit_2(tmp_path, capsys, monkeypatch, fla
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
+def test_processes_are_those_that_torchrun_started(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as some clusters set it for every job
+    assert toy("--out", tmp_path, "--steps", 1, "--schedule", "constant") == 0
+    monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert toy("--out", tmp_path / "more") == 2
+    assert "torchrun: --nproc_per_node must be at most 1, the GPUs here" in capsys.readouterr().err
+
+
 def test_program_exits_2_on_a_wrong_flag():
     program = Path(__file__).with_name("toy_recipe.py")
     done = subprocess.run([sys.executable, program, "toy", "--stepz", "3"], capture_output=True, text=True)

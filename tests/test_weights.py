@@ -304,6 +304,7 @@ BROKEN = {  # what is done to a folder: words of the message
                         ["its text encoders make", "its UNet takes"]),
     "no size": (lambda f: rewrite(f / "unet" / "config.json", sample_size=None), ["sample_size=None", "wrong type"]),
     "two sizes": (lambda f: rewrite(f / "unet" / "config.json", layers_per_block=[1, 1]), ["layers_per_block=(1, 1)"]),
+    "one width": (lambda f: rewrite(f / "vae" / "config.json", block_out_channels=32), ["block_out_channels=32", "type"]),
     "deep list": (lambda f: rewrite(f / "unet" / "config.json", transformer_layers_per_block=[[1], [2]]), ["wrong type"]),
     "few heads": (lambda f: rewrite(f / "unet" / "config.json", attention_head_dim=[1]), ["attention_head_dim must have"]),
     "text for a number": (lambda f: rewrite(f / "text_encoder" / "config.json", hidden_size="64"), ["hidden_size='64'"]),

@@ -55,7 +55,6 @@ def data(pipeline, config):
 
 def draw_prior(pipeline, folder, config):
     """Draw the pictures of the class that are not there yet, with the model as it is before training."""
-    folder.mkdir(parents=True, exist_ok=True)
     pipeline.eval()
     drawn = len(list(folder.glob("*.png")))
     for i in tqdm(range(drawn, config.prior_pictures), "class", leave=False, mininterval=2):

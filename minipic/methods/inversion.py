@@ -26,7 +26,7 @@ class Recipe(t2i.Photos):
     weight_decay: float = option(0.0, "AdamW's decay, which would draw the vectors to zero")
 
     LEAST = t2i.Photos.LEAST | {"vectors": 1}
-    train_text = True  # there the vectors are
+    train_text = True  # the vectors lie in the text encoders
 
     def __post_init__(self):
         super().__post_init__()

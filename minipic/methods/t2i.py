@@ -51,7 +51,7 @@ class Denoising(Base):
     drop: float = option(0.1, "share of captions left out, for guidance: half zeros, half the empty prompt")
 
     LEAST = Base.LEAST | {"side": 0, "min_snr": 0, "logit_normal": 0, "drop": 0}
-    train_text = False  # a flag of t2i's
+    train_text = False  # t2i.Recipe makes it a flag
 
     def __post_init__(self):
         super().__post_init__()

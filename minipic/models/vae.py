@@ -42,7 +42,9 @@ class VAEConfig:
         """Read an official config.json; keys it lacks take diffusers' defaults. SD 1.5's lacks the scaling factor."""
         legacy = {"sample_size": 32, "block_out_channels": (64,), "layers_per_block": 1, "scaling_factor": 0.18215}
         values = legacy | values
-        types = {key: (name * len(values["block_out_channels"]),) for key, name in TYPES.items()}
+        widths = values["block_out_channels"]
+        levels = len(widths) if isinstance(widths, (list, tuple)) else 0  # from_json refuses others
+        types = {key: (name * levels,) for key, name in TYPES.items()}
         return from_json(cls, values, FIXED | types, where)
 
     def to_json(self):
