@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minipic.common import InputError, bounded, enough_memory, from_argv, option
+from minipic.common import InputError, bounded, computes_bf16, enough_memory, from_argv, option
 from minipic.image import labelled_grid, open_picture, read_settings, save_new, to_tensor
 from minipic.pipeline import Pipeline
 from minipic.weights import writable
@@ -178,13 +178,12 @@ def choose(config, rank):
     if config.dtype:
         return device, config.dtype
     if device.type == "cuda":
-        return device, "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return device, "bf16" if computes_bf16(device) else "fp16"
     files = Path(config.model).rglob("*.safetensors") if Path(config.model).is_dir() else [Path(config.model)]
     large = sum(file.stat().st_size for file in files if file.exists()) > LARGE
     if device.type == "mps":
         return device, "fp16" if large else "fp32"
-    computes = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
-    return device, "bf16" if large and computes else "fp32"
+    return device, "bf16" if large and computes_bf16(device) else "fp32"
 
 
 def place(config):

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from minipic import checkpoint, training
-from minipic.common import InputError, enough_memory, from_argv, random
+from minipic.common import InputError, computes_bf16, enough_memory, from_argv, random
 from minipic.weights import replacing, writable
 
 RECIPES = {name: f"minipic.methods.{name}"
@@ -42,7 +42,9 @@ def main(argv=None):
         recipe = importlib.import_module(RECIPES[name])
         config = from_argv(recipe.Recipe, flags, f"train.py {name}")
         out = config.out or f"runs/{name}"
-        config = dataclasses.replace(config, out=out, save=config.save or f"{out}/model")
+        fast = computes_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        config = dataclasses.replace(config, out=out, save=config.save or f"{out}/model",
+                                     precision=config.precision or ("bf16" if fast else "fp32"))
         with training.Stop() as stop, enough_memory("try a smaller --batch, a larger --accumulate, --checkpointing"):
             train(name, recipe, config, stop)
     except InputError as error:
@@ -78,7 +80,7 @@ def train(name, recipe, config, stop):
     for step in bar:
         rate, numbers = training.learning_rate(config, step), []
         for group in run.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["times"]
 
         for micro, indices in enumerate(training.share(config, step, rank, world)):
             batch = {key: value.to(device) if torch.is_tensor(value) else value
@@ -137,7 +139,8 @@ def build(recipe, config, device):
     batch_of = recipe.data(model, config)
     loss = training.distribute(training.Loss(model, recipe.loss, config), config)
     params = {name: p for name, p in model.named_parameters() if name in names}  # sharding has replaced them
-    return training.Run(model, loss, params, training.adamw(params, config), training.EMA(params, config.ema)), batch_of
+    optimizer = training.adamw(params, config, recipe.rates(config) if hasattr(recipe, "rates") else {})
+    return training.Run(model, loss, params, optimizer, training.EMA(params, config.ema)), batch_of
 
 
 def resume(run, config, source, rank, say):

@@ -38,7 +38,8 @@ class Recipe:
     weight_decay: float = option(0.01, "AdamW's decay of matrices and kernels (never of biases and norms)")
     clip: float = option(1.0, "largest gradient norm; 0 leaves gradients as they are")
     ema: float = option(0.999, "decay of the weight average that is drawn from and exported; 0 turns it off")
-    precision: str = option("bf16", "arithmetic of the forward pass; weights stay as they are", ("fp32", "bf16"))
+    precision: str = option(None, "arithmetic of the forward pass, fp32 or bf16; bf16 if left out, where the device "
+                                  "has it. Weights stay as they are", ("fp32", "bf16"))
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     fsdp: bool = option(False, "shard weights, optimizer and average over the processes of torchrun")
     seed: int = option(0, "seed of the first weights, the data and the noise")
@@ -72,12 +73,14 @@ def learning_rate(config, step):
     return config.lr * fall[config.schedule]
 
 
-def adamw(params, config):
-    """AdamW over {name: parameter}; biases, norms and scales (one dimension or none) do not decay."""
-    matrices = [p for p in params.values() if p.ndim > 1]
-    others = [p for p in params.values() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, fused=True)
+def adamw(params, config, rates):
+    """AdamW over {name: parameter}; biases, norms and scales (one dimension or none) do not decay. `rates`: {name: its
+    learning rate over that of the rest}, which the loop reads from its group's "times"."""
+    groups = {}
+    for name, p in params.items():
+        groups.setdefault((p.ndim > 1, rates.get(name, 1.0)), []).append(p)
+    return torch.optim.AdamW([{"params": ps, "weight_decay": config.weight_decay * matrices, "times": times}
+                              for (matrices, times), ps in groups.items()], lr=config.lr, fused=True)
 
 
 class EMA:

@@ -149,7 +149,7 @@ def test_a_new_one_changes_no_bit_and_learns(small):
     assert torch.equal(unet(**given, residuals=residuals), outputs(unet, **given)["prediction"])
     unet(**given, residuals=residuals).sum().backward()
     assert all(conv.weight.grad.abs().max() > 0 for conv in (*model.controlnet_down_blocks, model.controlnet_mid_block))
-    assert model.controlnet_cond_embedding(hint).std() >= 0.05  # or it learns very late to look at the map
+    assert 0.8 < model.controlnet_cond_embedding(hint).std() < 1.25  # or it learns very late to look at the map
     model.checkpointing = True
     again = model(given["x"], given["t"], given["context"], hint, given["pooled"], given["size_ids"])
     assert all(map(torch.equal, again, residuals))

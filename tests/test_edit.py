@@ -10,6 +10,7 @@ import pytest
 import single_files
 import tiny
 import torch
+from safetensors.torch import load_file
 from test_pipeline import SEED, assert_same, final, mask, mine, peer_latents, picture
 
 import sample
@@ -230,6 +231,18 @@ def test_loss_begins_as_t2i_and_every_weight_of_the_unet_gets_a_gradient():
         optimizer.zero_grad(), last.backward(), optimizer.step()
     assert all(p.grad is not None for p in params) and last < begin
     assert pipeline.unet.conv_in.weight.grad[:, 4:].abs().max() > 0
+
+
+@pytest.mark.parametrize("times", [1, 10])
+def test_the_new_channels_learn_faster(tmp_path, times):
+    before = mine().unet.state_dict()
+    flags = ["--model", str(tiny.folder()), "--out", str(tmp_path), "--scenes", "4", "--batch", "2", "--steps", "1",
+             "--lr", "0.001", "--warmup", "0", "--ema", "0", "--sample-every", "0", "--input-lr", str(times)]
+    assert train.main(["edit", *flags]) == 0
+    after = load_file(tmp_path / "checkpoints" / "step-000001" / "model.safetensors")
+    first, other = after["unet.conv_in.weight"], "conv_out.weight"
+    assert first[:, 4:].abs().max().item() == pytest.approx(0.001 * times, rel=0.01)  # Adam's first step is the rate's
+    assert (after["unet." + other] - before[other]).abs().max().item() == pytest.approx(0.001, rel=0.1)
 
 
 def test_from_the_command_to_a_picture(tmp_path):

@@ -169,6 +169,16 @@ def test_from_nothing_to_a_pipeline(tmp_path):
     run("t2i", "--steps", "1", "--scenes", "16", "--model", folder, out="more")  # and on from there
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_pictures_are_encoded_in_bf16_only_where_that_is_fast(fast, monkeypatch):
+    from tiny import build
+    model, seen = build().vae, []
+    monkeypatch.setattr(t2i, "computes_bf16", lambda device: fast)
+    model.encoder.conv_in.register_forward_hook(lambda module, given, found: seen.append(found.dtype))
+    t2i.encode_pictures(model, [compose(0, 0)])
+    assert seen == [torch.bfloat16 if fast else torch.float32]
+
+
 def test_t2i_loss_is_the_weighted_noise_error(tmp_path):
     from tiny import build
     pipeline = build()

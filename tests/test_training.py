@@ -19,7 +19,7 @@ from toy_recipe import at, hashes, one_thread, toy
 
 import train
 from minipic import checkpoint, training
-from minipic.common import InputError
+from minipic.common import InputError, computes_bf16
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,7 +55,7 @@ def test_average_is_the_weighted_sum_of_the_past_and_is_fp32():
 
 def test_only_matrices_decay():
     params = {"matrix": torch.nn.Parameter(torch.ones(2, 2)), "bias": torch.nn.Parameter(torch.ones(2))}
-    optimizer = training.adamw(params, toy_recipe.Recipe(lr=0.1, weight_decay=0.5))
+    optimizer = training.adamw(params, toy_recipe.Recipe(lr=0.1, weight_decay=0.5), {})
     for p in params.values():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -88,6 +88,24 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights(tmp_path):
     one, other = (json.loads((tmp_path / name / "log.jsonl").read_text())["loss"] for name in ("fp32", "bf16"))
     assert one != other and one == pytest.approx(other, rel=0.02)
     assert {t.dtype for t in load_file(at(tmp_path / "bf16", 1) / "model.safetensors").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_left_out_the_precision_is_what_the_device_is_fast_in(tmp_path, monkeypatch, fast):
+    monkeypatch.setattr(train, "computes_bf16", lambda device: fast)
+    left_out = dataclasses.field(default=training.Recipe.precision, metadata={"help": "", "choices": ("fp32", "bf16")})
+    recipe = dataclasses.make_dataclass("Recipe", [("precision", str, left_out)], bases=(toy_recipe.Recipe,))
+    monkeypatch.setattr(toy_recipe, "Recipe", recipe)
+    toy("--out", tmp_path, "--steps", 1)
+    assert json.loads((at(tmp_path, 1) / "config.json").read_text())["precision"] == ("bf16" if fast else "fp32")
+
+
+def test_a_cpu_computes_in_bf16_only_with_instructions_for_it(monkeypatch):
+    for tile, avx in ((True, False), (False, True), (False, False)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tile)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+        assert computes_bf16(torch.device("cpu")) == (tile or avx)
+    assert not computes_bf16(torch.device("mps"))
 
 
 def test_curve_falls_with_the_loss():

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from minipic.cache import Cache
-from minipic.common import InputError, option, random
+from minipic.common import InputError, computes_bf16, option, random
 from minipic.data import compose, pairs
 from minipic.diffusion.schedule import Schedule
 from minipic.folder import Photo, read_folder
@@ -243,7 +243,7 @@ def encode_pictures(vae, pictures, chunk=64):
             same = [i for i in rows if pictures[i].size == size]
             images = type(pictures[same[0]]).draw([pictures[i] for i in same])
             images = torch.stack(images).to(device, next(vae.parameters()).dtype)
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device)):
                 mean, logvar = vae.encode(images)
             std = vae.config.scaling_factor * (0.5 * logvar.float()).exp()
             for i, pair in zip(same, torch.stack([vae.scale(mean.float()), std], dim=1).half().cpu()):

@@ -7,6 +7,7 @@ Official files for SDXL (full, -mid and -small) and SD 1.5 load unchanged: attri
 import re
 from dataclasses import asdict, dataclass, fields, replace
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -80,9 +81,16 @@ class HintEncoder(nn.Module):
         for narrow, wide in zip(widths, widths[1:]):
             self.blocks += [nn.Conv2d(narrow, narrow, 3, padding=1), nn.Conv2d(narrow, wide, 3, stride=2, padding=1)]
         self.conv_out = nn.Conv2d(widths[-1], config.block_out_channels[0], 3, padding=1)
-        # Gaussian (section 3.2): PyTorch's default fades the map 27 times; zeros here, before other zeros, learn late
+
+    @torch.no_grad()
+    def begin(self):
+        """Draw Gaussian weights (section 3.2) under which noise leaves every layer with variance 1 (arXiv 1511.06422).
+        At He's scale SiLU fades the map to a tenth of the latents that it joins, and it is found late or never."""
+        x = torch.rand(1, self.conv_in.in_channels, 64, 64)
         for conv in (self.conv_in, *self.blocks, self.conv_out):
-            nn.init.kaiming_normal_(conv.weight), nn.init.zeros_(conv.bias)
+            nn.init.normal_(conv.weight), nn.init.zeros_(conv.bias)
+            conv.weight /= conv(x).std()
+            x = F.silu(conv(x))
 
     def forward(self, x):
         for conv in (self.conv_in, *self.blocks):
@@ -107,7 +115,9 @@ class ControlNet(Encoder):
             config = replace(config, down_block_types=("DownBlock2D",) * levels,
                              transformer_layers_per_block=(0,) * levels)
         widths = config.conditioning_embedding_out_channels[:factor.bit_length()]
-        model = cls(replace(config, conditioning_embedding_out_channels=widths)).to(next(unet.parameters()))
+        model = cls(replace(config, conditioning_embedding_out_channels=widths))
+        model.controlnet_cond_embedding.begin()
+        model.to(next(unet.parameters()))
         known = unet.state_dict()
         model.load_state_dict({name: known.get(name, x) for name, x in model.state_dict().items()})
         return model

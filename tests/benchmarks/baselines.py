@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "benchmarks")]
 
 from cases import CASES, REFERENCES  # noqa: E402
-from record import record  # noqa: E402
+from record import processor, record  # noqa: E402
 
 import train  # noqa: E402
 from minipic.pipeline import Pipeline  # noqa: E402
@@ -68,9 +68,9 @@ ENTRIES = {
     "textual inversion": Entry("subject", "inversion" + PHOTOS + '--caption "a <new>" --like {shape} --vectors 4',
                                (100, 200, 400), "embedding", ""),
     **{f"ControlNet, {name}": Entry("control", f"controlnet --control {name} --balanced --scenes 1000 --batch 16 "
-                                    "--warmup 30 --lr 1e-3", (last // 4, last // 2, last), "controlnet", "--scenes 4")
-       for name, last in (("edges", 400), ("depth", 800), ("segmentation", 1600))},  # edges are learned first
-    "InstructPix2Pix": Entry("edit", "edit --balanced --scenes 2000 --batch 16 --warmup 50 --lr 1e-3", (250, 500, 1000),
+                                    "--warmup 30 --lr 1e-3", (100, 200, 400), "controlnet", "--scenes 4")
+       for name in ("edges", "depth", "segmentation")},
+    "InstructPix2Pix": Entry("edit", "edit --scenes 2000 --batch 16 --warmup 50", (250, 500, 1000),
                              "model", "--scenes 4"),
 }
 
@@ -121,7 +121,7 @@ def measure(case, name, options, seed):
     counts = (1, 2) if options.quick else entry.counts
     trained, seconds = run(flags, counts, out)
     row = {"command": shlex.join(["python", "train.py", *flags]), "trained": trained, "seconds a step": seconds,
-           "at": {}}
+           "cpu": processor(), "at": {}}
     for steps in counts:
         pipeline, row["bytes"] = load(options.model, entry.file, out / f"at-{steps}")
         row["at"][str(steps)] = case.score(pipeline, name)

@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "benchmarks")]
 from quality import WORLD  # noqa: E402
 from record import record  # noqa: E402
 
-from minipic.common import random  # noqa: E402
+from minipic.common import computes_bf16, random  # noqa: E402
 from minipic.data import Picture  # noqa: E402
 from minipic.methods.t2i import encode_batch, encode_pictures  # noqa: E402
 from minipic.pipeline import Pipeline  # noqa: E402
@@ -39,7 +39,7 @@ def losses(pipeline, count):
     noise = torch.randn(x0.shape, generator=random(WORLD, "noise"))
 
     def loss(t, *text):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=computes_bf16(x0.device)):
             return pipeline.schedule.objective.loss(lambda x, told: pipeline.unet(x, told, *text, size_ids), x0, noise,
                                                     torch.full((count,), t), balanced=True).mean().item()
     return {t: (loss(t, context, pooled), loss(t, context.roll(1, 0), pooled.roll(1, 0))) for t in TIMESTEPS}

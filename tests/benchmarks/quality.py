@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from record import record  # noqa: E402
 
-from minipic.common import random  # noqa: E402
+from minipic.common import computes_bf16, random  # noqa: E402
 from minipic.diffusion.samplers import SAMPLERS  # noqa: E402
 from minipic.pipeline import Pipeline  # noqa: E402
 from minipic.text import Conditioning, encode  # noqa: E402
@@ -54,7 +54,7 @@ def draw(pipeline, prompts, seed, steps=30, guidance=5.0, batch=64, hints=None, 
         uncond = Conditioning(*(torch.zeros_like(x) for x in cond[:2]))
         grid = pipeline.schedule.grid(steps)
         x = grid.start * torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device)):
             follow = [] if hints is None else [
                 ("controlnet", hints[start:start + batch].repeat(1 + (guidance > 1), 1, 1, 1), 1.0)]
             beside = None if edits is None else pipeline.vae.encode(edits[start:start + batch])[0]

@@ -139,9 +139,12 @@ def baseline_tables(path=Path(__file__).with_name("baselines.json")):
             for steps in seeds[0]["at"]:
                 cells = [cell([row["at"][steps][fact] for row in seeds]) for fact in facts]
                 yield "| " + " | ".join([name, "" if steps == "0" else steps, str(len(seeds)), *cells, *cost]) + " |"
+    trained = [row for row in found["results"] if "cpu" in row]
+    cpus = "; ".join(f"{' and '.join(dict.fromkeys(row['task'] for row in trained if row['cpu'] == cpu))} on {cpu}"
+                     for cpu in dict.fromkeys(row["cpu"] for row in trained))
     yield from ["", "What is counted is told at the top of `tests/benchmarks/cases.py`. `python tests/benchmarks/baselines.py`, "
-                f"{found['pictures']} pictures a cell and seed, mean and spread; {found['date']}, "
-                f"{found['cpu']}, {found['threads']} thread, torch {found['torch']}.", ""]
+                f"{found['pictures']} pictures a cell and seed, mean and spread; {found['date']}, torch {found['torch']}, "
+                f"{found['threads']} thread: {cpus}.", ""]
 
 
 def cell(values):

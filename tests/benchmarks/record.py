@@ -9,15 +9,19 @@ from pathlib import Path
 import torch
 
 
+def processor():
+    """The CPU's name."""
+    lines = open("/proc/cpuinfo") if Path("/proc/cpuinfo").exists() else ()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
 def record(name, results, **settings):
     """tests/benchmarks/NAME.json, or the file that a whole path without .json names: command, date, hardware, versions,
     settings (seeds among them) and results."""
     path = Path(__file__).parent / f"{name}.json"
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-               platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     values = {"command": "python " + " ".join(["tests/benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
-              "date": time.strftime("%Y-%m-%d"), "cpu": cpu, "threads": torch.get_num_threads(), "gpu": gpu,
+              "date": time.strftime("%Y-%m-%d"), "cpu": processor(), "threads": torch.get_num_threads(), "gpu": gpu,
               "python": platform.python_version(), "torch": torch.__version__, **settings, "results": results}
     part = path.with_suffix(".tmp")
     part.write_text(json.dumps(values, indent=2) + "\n")
