@@ -85,11 +85,12 @@ def compose(seed, index):
 @dataclass(frozen=True)
 class Pair:
     """A pair of one of world/tasks.py's TASKS as a training picture, with all that a Picture can: source, which is
-    given, and image, which is wanted, both [3,H,W] in 8 bits."""
+    given, and image, which is wanted, both [3,H,W] in 8 bits; `scene` is what image shows."""
 
     source: torch.Tensor
     image: torch.Tensor
     text: str
+    scene: object
 
     @property
     def size(self):
@@ -113,5 +114,5 @@ def pairs(task, seed, indices, size, chunk=64):
     for start in range(0, len(indices), chunk):
         made = TASKS[task](seed, indices[start:start + chunk], size)
         levels = (((x + 1) * 127.5).round().to(torch.uint8) for x in (made.source, made.target))
-        found += map(Pair, *levels, made.prompts)
+        found += map(Pair, *levels, made.prompts, made.scenes)
     return found

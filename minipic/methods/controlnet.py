@@ -4,15 +4,16 @@ Only the ControlNet trains, with text-to-image's own loss (arXiv 2302.05543 equa
 that are exact; the model stays as it is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from minipic.common import option
+from minipic.common import option, random
 from minipic.image import labelled_grid, to_pictures
 from minipic.layouts import save_part
 from minipic.methods import t2i
 from minipic.models.controlnet import ControlNet
+from minipic.world.caption import caption
 
 
 @dataclass
@@ -37,9 +38,17 @@ def setup(pipeline, config):
     return list(pipeline.controlnet.parameters())
 
 
+def scenes_of(pipeline, config, first, count):
+    """Maps and pictures with captions of what is seen. segmentation's own prompts name the colours of the map, which
+    the model, as it stays as it is, would paint."""
+    pairs = t2i.pairs_of(config.control, pipeline, config, first, count)
+    return [replace(pair, text=caption(pair.scene, random(config.seed, "caption", first + i)))
+            for i, pair in enumerate(pairs)]
+
+
 def data(pipeline, config):
     """t2i's batches, with hint [B,3,H,W] in 0..1."""
-    pictures = t2i.pairs_of(config.control, pipeline, config, 0, config.scenes)
+    pictures = scenes_of(pipeline, config, 0, config.scenes)
     batch_of = t2i.batches(pipeline, pictures, {}, config)
 
     def batch(step, indices):
@@ -58,7 +67,7 @@ def loss(pipeline, batch, config):
 def sample(pipeline, config):
     """Of four scenes that it never saw: the map, what is drawn from it with the prompt, and the scene itself."""
     cells, device = [], pipeline.device.type
-    for scene in t2i.pairs_of(config.control, pipeline, config, config.scenes, 4):
+    for scene in scenes_of(pipeline, config, config.scenes, 4):
         hint, truth = to_pictures(torch.stack([scene.source, scene.image]) / 127.5 - 1)
         with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):  # for two kinds of weights
             drawn, = pipeline.generate(scene.text, steps=20, control=[(hint, 1.0)])
@@ -69,5 +78,5 @@ def sample(pipeline, config):
 def export(pipeline, folder, config):
     """The ControlNet alone, a folder that sample.py --controlnet and diffusers load; example.png is a map to try."""
     save_part(pipeline.controlnet, folder, torch.float16)
-    scene, = t2i.pairs_of(config.control, pipeline, config, config.scenes, 1)
+    scene, = scenes_of(pipeline, config, config.scenes, 1)
     to_pictures(scene.source[None] / 127.5 - 1)[0].save(folder / "example.png")
