@@ -42,9 +42,9 @@ def main(argv=None):
         recipe = importlib.import_module(RECIPES[name])
         config = from_argv(recipe.Recipe, flags, f"train.py {name}")
         out = config.out or f"runs/{name}"
-        fast = computes_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         config = dataclasses.replace(config, out=out, save=config.save or f"{out}/model",
-                                     precision=config.precision or ("bf16" if fast else "fp32"))
+                                     precision=config.precision or ("bf16" if computes_bf16(device) else "fp32"))
         with training.Stop() as stop, enough_memory("try a smaller --batch, a larger --accumulate, --checkpointing"):
             train(name, recipe, config, stop)
     except InputError as error:

@@ -58,7 +58,7 @@ def test_karras():
 
 
 def test_grids_equal_diffusers():
-    """Noise levels bit for bit, timesteps too except where Karras levels fall between two of them."""
+    """Noise levels to the last bit, of which CPUs differ; timesteps, except where Karras levels fall between two."""
     golden = load_file(HERE / "samplers_diffusers.safetensors")
     for sampler, spacing, karras, _ in cases():
         name = f"{sampler}.{spacing}.{'karras' if karras else 'plain'}"
@@ -68,7 +68,7 @@ def test_grids_equal_diffusers():
             timesteps, sigmas = timesteps[::2], torch.cat([sigmas[:1], sigmas[1::2]])
         torch.testing.assert_close(grid.timesteps, timesteps, rtol=0, atol=1e-4 if karras else 0, msg=name)
         if sampler != "ddim":
-            assert torch.equal(grid.sigmas, sigmas), name
+            torch.testing.assert_close(grid.sigmas, sigmas, rtol=3e-7, atol=0, msg=name)
 
 
 def test_grids_equal_diffusers_at_many_steps():
