@@ -220,6 +220,9 @@ def test_what_has_changed_is_encoded_anew(folder, tmp_path, monkeypatch):
     (folder / "b.txt").write_text("a blue torus")
     assert found() == [["a blue torus"]]
     assert len(found(side=80)) == 3 and found() == []
+    with monkeypatch.context() as other:  # a computer that computes otherwise, with the same folder
+        other.setattr(t2i, "computes_bf16", lambda device, here=t2i.computes_bf16: not here(device))
+        assert len(found()) == 3 and found() == []
     with torch.no_grad():
         pipeline.vae.encoder.conv_in.weight.view(-1)[7] += 1e-3
     assert len(found()) == 3 and found() == []

@@ -227,8 +227,8 @@ def encode_texts(pipeline, pictures, cache=""):
 
 def encode_photos(vae, photos, cache=""):
     """encode_pictures one at a time, for they may be large, and neither others nor the `cache` change any bit."""
-    kept, device = Cache(cache, vae), next(vae.parameters()).device.type
-    return [kept(lambda: encode_pictures(vae, [photo]), device, photo.size, photo.path)[0]
+    kept, device = Cache(cache, vae), next(vae.parameters()).device
+    return [kept(lambda: encode_pictures(vae, [photo]), device.type, computes_bf16(device), photo.size, photo.path)[0]
             for photo in tqdm(photos, "latents", leave=False, mininterval=2)]
 
 
