@@ -95,11 +95,12 @@ def test_segmentation_reads_back_and_the_prompt_names_its_colours():
     for scene, prompt, label, picture in zip(pairs.scenes, pairs.prompts, labels, pairs.source):
         said = [re.fullmatch(r"(\w+) (?:is )?the (.+)", part).groups() for part in prompt.split(", ")]
         assert len(said) == 2 + len(scene.objects) and prompt.count(" is the ") == 1
-        assert said[-1][1] == f"{scene.sky} sky" and said[-2][1] == f"{scene.floor} floor"
+        assert said[-1] == ("cyan", f"{scene.sky} sky") and said[-2] == ("white", f"{scene.floor} floor")
         for k, (color, name) in enumerate(said[::-1]):
             shown = picture[:, label == k]
             assert torch.allclose(shown, 2 * torch.tensor(COLORS[color])[:, None] - 1, atol=1e-6)
             assert k < 2 or (scene.objects[k - 2].shape in name and scene.objects[k - 2].size in name)
+    assert len({names[2] for names in colors}) > 2
 
 
 def test_boxes_read_back():

@@ -81,11 +81,12 @@ def normals(seed, indices, size=(64, 64), held_out="never"):
 
 
 def segmentation(seed, indices, size=(64, 64), held_out="never"):
-    """Every surface in a colour that the prompt names: "red is the large green cube, blue the grey floor, ...".
+    """Every surface in a colour that the prompt names: "red is the large green cube, white the grey floor, ...". Floor
+    and sky have always the same: what is an object can be told from the map alone.
     truth: labels [B,H,W] (0 sky, 1 floor, 2 + the place in scene.objects); colors: every pair's colours of them."""
     scenes, seen, _ = _pictures(seed, indices, size, held_out)
     names = [[f"{s.sky} sky", f"{s.floor} floor", *map(name_of, describe(s).things)] for s in scenes]
-    colors, prompts = _legends(names, seed, indices)
+    colors, prompts = _legends(names, seed, indices, ("cyan", "white"))
     labels = maps.labels_of(seen)
     return Pairs(maps.labels_to_picture(labels, colors), seen.rgb, prompts, scenes,
                  {"labels": labels, "colors": colors})
@@ -100,12 +101,13 @@ def boxes(seed, indices, size=(64, 64), held_out="never"):
                  {"boxes": seen.boxes, "colors": colors})
 
 
-def _legends(names, seed, indices):
-    """A random colour for every name, and the words that say so, the last name first (objects come after the sky)."""
-    palette, colors, prompts = list(COLORS), [], []
+def _legends(names, seed, indices, first=()):
+    """Every name's colour, the `first` and then random ones, and the words that say so, the last name first (objects
+    come after the sky)."""
+    palette, colors, prompts = [color for color in COLORS if color not in first], [], []
     for row, i in zip(names, indices):
         order = torch.randperm(len(palette), generator=random(seed, "legend", int(i)))
-        colors.append([palette[k] for k in order[:len(row)].tolist()])
+        colors.append([*first, *(palette[k] for k in order.tolist())][:len(row)])
         said = [f"{color} the {name}" for color, name in zip(colors[-1], row)][::-1]
         prompts.append(", ".join(said).replace(" the ", " is the ", 1))
     return colors, prompts

@@ -70,7 +70,7 @@ ENTRIES = {
     **{f"ControlNet, {name}": Entry("control", f"controlnet --control {name} --balanced --scenes 1000 --batch 16 "
                                     "--warmup 30 --lr 1e-3", (100, 200, 400), "controlnet", "--scenes 4")
        for name in ("edges", "depth", "segmentation")},
-    "InstructPix2Pix": Entry("edit", "edit --batch 4 --scenes 4000", (1000, 2000, 4000), "model", "--scenes 4"),
+    "InstructPix2Pix": Entry("edit", "edit --batch 16 --scenes 5000", (600, 1200, 2400), "model", "--scenes 4"),
 }
 
 
