@@ -81,9 +81,8 @@ def normals(seed, indices, size=(64, 64), held_out="never"):
 
 
 def segmentation(seed, indices, size=(64, 64), held_out="never"):
-    """Every surface in a colour that the prompt names: "red is the large green cube, white the grey floor, ...". Floor
-    and sky have always the same: what is an object can be told from the map alone.
-    truth: labels [B,H,W] (0 sky, 1 floor, 2 + the place in scene.objects); colors: every pair's colours of them."""
+    """Every surface in a colour that the prompt names: "red is the large green cube, ...". The floor is always white,
+    the sky cyan. truth: labels [B,H,W] (0 sky, 1 floor, 2 + the place in scene.objects); colors: every pair's."""
     scenes, seen, _ = _pictures(seed, indices, size, held_out)
     names = [[f"{s.sky} sky", f"{s.floor} floor", *map(name_of, describe(s).things)] for s in scenes]
     colors, prompts = _legends(names, seed, indices, ("cyan", "white"))
@@ -102,8 +101,7 @@ def boxes(seed, indices, size=(64, 64), held_out="never"):
 
 
 def _legends(names, seed, indices, first=()):
-    """Every name's colour, the `first` and then random ones, and the words that say so, the last name first (objects
-    come after the sky)."""
+    """Every name's colour, `first` these, then random ones, and words that say so, the last (an object's) first."""
     palette, colors, prompts = [color for color in COLORS if color not in first], [], []
     for row, i in zip(names, indices):
         order = torch.randperm(len(palette), generator=random(seed, "legend", int(i)))
