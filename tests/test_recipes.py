@@ -1,7 +1,9 @@
 """The base recipes: what they feed, what they minimise, and from nothing to a pipeline folder in a few steps each."""
 
+import functools
 import math
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +17,13 @@ from minipic.world.caption import parse
 from minipic.world.scene import is_held_out, render
 
 PICTURES = [compose(3, i) for i in range(400)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vocabularies_are_of_the_same_scenes():
+    """Each is made of 2000 captions; composing their scenes once is enough."""
+    with mock.patch.object(clip, "compose", functools.cache(compose)):
+        yield
 
 
 def first(kind):
