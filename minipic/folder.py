@@ -69,7 +69,7 @@ def captions_in(folder):
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line.decode()) if line.strip() else {"file_name": "", "text": ""}
-            str(row["text"]).encode()  # refuses half a surrogate pair, which JSON can hold
+            (row["file_name"] + str(row["text"])).encode()  # refuses half a surrogate pair, which JSON can hold
             found[posixpath.normpath(row["file_name"])] = row["text"]
         except (ValueError, KeyError, TypeError, RecursionError):
             wrong.append(f"{path}, line {number}: expected a JSON object in UTF-8 with file_name and text")
@@ -109,7 +109,8 @@ def read_folder(folder, side, step, skip=False, caption="", say=print):
             wrong.append(f"{file}: is not UTF-8")
         except InputError as error:
             wrong.append(str(error))
-    say(f"{folder}: {len(paths)} pictures, {len(photos)} usable" + "".join(f"\n  {line}" for line in wrong))
+    report = f"{folder}: {len(paths)} pictures, {len(photos)} usable" + "".join(f"\n  {line}" for line in wrong)
+    say(report.encode(errors="replace").decode())  # names of files may be no UTF-8
     for size, count in sorted(Counter(photo.size for photo in photos).items()):
         say(f"  bucket {size[1]}x{size[0]}: {count}")
     if wrong and not skip:

@@ -136,7 +136,8 @@ LORA_NETWORKS = {  # start of the name: the part that it belongs to; the first t
     "lora_unet_": "unet", "lycoris_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
     "lora_te_": "text_encoder", "unet.": "unet", "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2",
     "diffusion_model.": "unet", "text_encoders.clip_l.transformer.": "text_encoder",
-    "text_encoders.clip_g.transformer.": "text_encoder_2", "base_model.model.": "unet", "": "unet"}
+    "text_encoders.clip_g.transformer.": "text_encoder_2", "base_model.model.text_model.": "text_encoder",
+    "base_model.model.": "unet", "": "unet"}
 LORA_KOHYA = {part: start for start, part in LORA_NETWORKS.items() if start in ("lora_unet_", "lora_te1_", "lora_te2_")}
 LORA_ENDS = re.compile(r"(?:\.lora_linear_layer|[._]lora)?[._](?:lora_)?(down|up|A|B)(?:\.default)?\.weight|\.alpha")
 LORA_ROLES = {"down": "A", "A": "A", "up": "B", "B": "B", None: "alpha"}

@@ -231,17 +231,21 @@ def load_lora(path, models, partial=False):
     (also those of DoRA, LoHa and the like, which are something else).
     """
     entries, metadata = read_header(path)
-    known = {part: keys.lora_modules(part, dict(model.named_modules())) for part, model in models.items()}
+    known = {part: keys.lora_modules(part, [name for name, module in model.named_modules() if isinstance(
+        module, (torch.nn.Linear, torch.nn.Conv2d))]) for part, model in models.items()}
     places = {name: keys.lora(name) for name in entries}
-    fitting = {name for name, place in places.items() if place and place[1] in known.get(place[0], ())}
+    whole = {place[:2] for place in places.values() if place and place[2] != "alpha"}  # a LoHa has alphas too
+    fitting = {name for name, place in places.items() if place and place[1] in known.get(place[0], ())
+               and place[:2] in whole}
     strangers = [name for name in entries if name not in fitting]
     if dora := [name for name in strangers if re.search("dora_scale|lora_magnitude_vector", name)]:
         raise InputError(f"{path} is a DoRA ({dora[0]}), which is not supported; use a LoRA")
     if not fitting or (strangers and not partial):
-        raise InputError(f"{path}: {len(strangers)} of {len(entries)} tensors fit no part of this model "
-                         f"({', '.join(strangers[:3])}{', ...' * (len(strangers) > 3)}); use a LoRA made for it, "
+        kind = ", of a LoHa or LoKr," if any(re.search("hada_w|lokr_w", name) for name in strangers) else ""
+        raise InputError(f"{path}: {len(strangers)} of {len(entries)} tensors{kind} fit no part of this model "
+                         f"({', '.join(strangers[:9])}{', ...' * (len(strangers) > 9)}); use a LoRA made for it, "
                          "or --lora-allow-partial")
-    damaged = InputError(f"{path}: the header's lora_adapter_metadata is damaged; fetch the file again")
+    damaged = InputError(f"{path}: an alpha or the header's lora_adapter_metadata is damaged; fetch the file again")
     try:
         noted, found = dict(json.loads(metadata.get("lora_adapter_metadata", "{}"))), {}
     except (ValueError, TypeError, RecursionError):
@@ -252,10 +256,9 @@ def load_lora(path, models, partial=False):
             raise InputError(f"{path}: {name!r} is there in two spellings; the file mixes two LoRAs, use another")
     loras = {}
     for (part, module), tensors in found.items():
-        layer = models[part].get_submodule(module)
+        wanted = models[part].get_submodule(module).weight.shape
         a, b = (tensors.get(role, torch.empty(0)) for role in "AB")
-        wanted = tuple(layer.weight.shape) if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)) else ()
-        if not wanted or not a.numel() or min(a.ndim, b.ndim) < 2 or (
+        if not a.numel() or min(a.ndim, b.ndim) < 2 or (
                 b.flatten(1).shape, a[0].numel()) != ((wanted[0], len(a)), math.prod(wanted[1:])):
             raise InputError(f"{path}: the LoRA of {part}.{module} does not fit its weight {list(wanted)}; "
                              "use a LoRA made for this model")
@@ -283,13 +286,15 @@ def noted_alpha(noted, part, module, rank):
 def save_lora(states, path, metadata=None, kohya=False):
     """Write {part: lora.lora_state_dict(network)}: in PEFT's spelling, which diffusers reads, with alpha / R multiplied
     into B, for readers differ in where they look for an alpha; or as `kohya`'s SDXL scripts do, with an alpha each."""
-    tensors = {}
+    tensors, metadata = {}, dict(metadata or {})
     for part, state in states.items():
         for name in [name.removesuffix(".alpha") for name in state if name.endswith(".alpha")]:
             a, b, alpha = (state[f"{name}.{end}"] for end in ("lora_A.weight", "lora_B.weight", "alpha"))
             if kohya:
                 module = keys.LORA_KOHYA[part] + (keys.sgm_name(name) if part == "unet" else name).replace(".", "_")
                 tensors |= {f"{module}.lora_down.weight": a, f"{module}.lora_up.weight": b, f"{module}.alpha": alpha}
+                metadata |= {"ss_network_module": "networks.lora", "ss_network_dim": str(len(a)),
+                             "ss_network_alpha": str(alpha.item())}
             else:
                 tensors |= {f"{part}.{name}.lora_A.weight": a, f"{part}.{name}.lora_B.weight": b * (alpha / len(a))}
     save_weights(tensors, path, metadata)

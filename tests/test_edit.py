@@ -18,7 +18,7 @@ import train
 from minipic import layouts
 from minipic.image import open_picture, read_settings, to_tensor
 from minipic.methods import edit, t2i
-from minipic.models.unet import UNet
+from minipic.models.unet import UNet, UNetConfig
 from minipic.pipeline import Pipeline
 from minipic.weights import read_json, save_weights
 from minipic.world.tasks import TASKS
@@ -74,6 +74,13 @@ def test_final_latents_equal_diffusers(case):
                             num_inference_steps=STEPS, **given)
     found = final(wide(channels, kind), **{"steps": STEPS, "seed": SEED, "n": 2, **settings})
     assert_same(found, expected)
+
+
+def test_official_inpainting_tells_how_its_weights_were_averaged():
+    told = {"decay": 0.9999, "inv_gamma": 1.0, "min_decay": 0.0, "optimization_step": 37000, "power": 0.6667,
+            "update_after_step": 0, "use_ema_warmup": False}  # by diffusers' EMAModel.save_pretrained
+    values = read_json(folder(9) / "unet" / "config.json")
+    assert UNetConfig.from_json(values | told) == UNetConfig.from_json(values) == wide(9).unet.config
 
 
 @torch.no_grad()

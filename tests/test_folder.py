@@ -1,6 +1,7 @@
 """Training on a folder of pictures: what is found, what is refused, and a LoRA from it that sample.py draws with."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -94,13 +95,23 @@ def test_captions_are_read_as_windows_writes_them(folder):
 
 @pytest.mark.parametrize("line", [b'{"file_name": "a.png", "text": "caf\xe9"}', b'{"file_name": 3, "text": "x"}',
                                   b'{"file_name": null, "text": "x"}', b"[" * 100_000,
-                                  rb'{"file_name": "a.png", "text": "half an emoji: \ud83d"}'])
+                                  rb'{"file_name": "a.png", "text": "half an emoji: \ud83d"}',
+                                  rb'{"file_name": "\ud83d.png", "text": "x"}'])
 def test_a_bad_line_of_metadata_is_listed(line, folder):
     (folder / "metadata.jsonl").write_bytes(b'{"file_name": "deep/c.png", "text": "x"}\n' + line)
     said = []
     with pytest.raises(InputError, match="1 problems"):
         read_folder(folder, 64, 16, say=said.append)
     assert "metadata.jsonl, line 2: expected a JSON object in UTF-8 with file_name and text" in said[0]
+
+
+def test_a_name_that_is_no_utf8_is_listed(folder):
+    picture(folder / "cafe.png", 64, 64)
+    (folder / "cafe.png").rename(folder / os.fsdecode(b"caf\xe9.png"))
+    said = []
+    with pytest.raises(InputError, match="1 problems"):
+        read_folder(folder, 64, 16, say=said.append)
+    assert b"caf?.png: has no caption" in said[0].encode()  # a terminal takes nothing else
 
 
 def test_a_folder_without_pictures_is_refused(tmp_path):
@@ -118,6 +129,9 @@ def test_settings_that_make_no_sense_are_refused(folder, capsys):
         assert train.main(["t2i", "--data", str(folder), "--model", str(tiny.folder()), "--steps", "1", "--out",
                            str(folder.parent / "run"), *flags]) == 2
         assert words in capsys.readouterr().err
+    for flag in ("--out", "--save"):
+        assert train.main(["t2i", "--data", str(folder), flag, str(folder / "run")]) == 2
+        assert f"{flag} {folder / 'run'}: lies in --data" in capsys.readouterr().err
     assert train.main(["t2i", "--side", "32"]) == 2 and "--side: the world's pictures have" in capsys.readouterr().err
 
 
@@ -136,16 +150,18 @@ def test_texts_encoded_once_are_those_encoded_each_time(folder):
     torch.testing.assert_close(batch["pooled"], pooled, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("extra", [(), ("--train-text",), ("--precision", "fp32", "--lora-alpha", "8")])
+@pytest.mark.parametrize("extra", [(), ("--train-text",), ("--lora-format", "kohya", "--lora-alpha", "8")])
 def test_a_lora_from_a_folder_is_drawn_with(folder, tmp_path, extra, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = str(tiny.folder())
     assert train.main(["t2i", "--data", str(folder), "--model", model, "--lora-rank", "4", "--steps", "2", "--batch",
                        "2", "--sample-every", "2", "--ema", "0", "--warmup", "0", "--out", "run", *extra]) == 0
     found = read_weights("run/model/lora.safetensors")
-    parts = {name.split(".")[0] for name in found}
+    kohya = "kohya" in extra
+    parts = {"unet" if name.startswith("lora_unet_") else name.split(".")[0] for name in found}
     assert parts == ({"unet", "text_encoder", "text_encoder_2"} if "--train-text" in extra else {"unet"})
-    assert all(x.abs().max() > 0 for name, x in found.items() if "lora_B" in name)
+    learned = [x.abs().max() > 0 for name, x in found.items() if "lora_up" * kohya + "lora_B" * (not kohya) in name]
+    assert all(learned) and len(learned) == len(found) // (2 + kohya)
     assert not any("text_encoder.text_model.encoder.layers.2." in name for name in found)  # the UNet never sees it
     assert sample.main(["a red cube", "--model", model, "--steps", "2", "--n", "1", "--device", "cpu", "--lora",
                         "run/model/lora.safetensors"]) == 0
@@ -199,6 +215,21 @@ def test_with_the_cache_training_is_the_same_bits(name, folder, tmp_path, monkey
     plain, *others = read
     assert plain and all(plain.keys() == other.keys() and all(torch.equal(x, other[key]) for key, x in plain.items())
                for other in others)
+
+
+@pytest.mark.parametrize("name", [*RECIPES, "controlnet", "edit"])
+def test_a_recipe_that_was_cut_goes_on_with_the_same_bits(name, folder, tmp_path):
+    if name == "inversion":
+        (folder / "a.txt").write_text("one cube")
+    given = ["--data", str(folder), "--drop", "0.5"] if name in RECIPES else ["--scenes", "4"]
+    flags = [name, *given, *RECIPES.get(name, ()), "--model", str(tiny.folder()), "--batch", "2", "--precision", "fp32",
+             "--sample-every", "0", "--warmup", "0", "--schedule", "constant"]
+    for run, *more in (("whole", "--steps", "3"), ("cut", "--steps", "1"), ("cut", "--steps", "3", "--resume", "latest")):
+        assert train.main([*flags, *more, "--out", str(tmp_path / run)]) == 0
+    whole, cut = ({path.relative_to(tmp_path / run): read_weights(path)
+                   for path in (tmp_path / run / "model").rglob("*.safetensors")} for run in ("whole", "cut"))
+    assert whole and whole.keys() == cut.keys()
+    assert all(torch.equal(x, cut[path][key]) for path, tensors in whole.items() for key, x in tensors.items())
 
 
 def test_what_has_changed_is_encoded_anew(folder, tmp_path, monkeypatch):

@@ -16,8 +16,7 @@ from minipic.layers.swap import swap
 from minipic.methods import t2i
 from minipic.models.unet import SD15, SDXL_BASE, SDXL_REFINER, UNet
 from minipic.pipeline import Pipeline
-from minipic.weights import load_lora, read_weights, save_lora, save_weights
-
+from minipic.weights import load_lora, read_header, read_weights, save_lora, save_weights
 
 
 def numbers(shape, seed):
@@ -85,6 +84,10 @@ def test_merged_equals_beside_and_unmerged_is_the_same_bits():
     lora.merge(model)
     torch.testing.assert_close(model["to_q"](X), before, rtol=1e-5, atol=1e-6)
     assert not torch.equal(model["to_q"].weight, weight)
+    lora.set_scale(model, 0.0)
+    assert torch.equal(model["to_q"].weight, weight)
+    lora.set_scale(model, 1.0)
+    torch.testing.assert_close(model["to_q"](X), before, rtol=1e-5, atol=1e-6)
     lora.unmerge(model)
     assert torch.equal(model["to_q"].weight, weight) and torch.equal(model["to_q"](X), before)
 
@@ -127,8 +130,10 @@ SPELLINGS = {
                           f"text_encoder.text_model.{TEXT.replace('q_proj', 'to_q')}",
                           "_lora.down.weight", "_lora.up.weight", None),
     "PEFT": (f"unet.{UNET}", f"text_encoder.text_model.{TEXT}", ".lora_A.weight", ".lora_B.weight", None),
-    "PEFT, named": (f"base_model.model.{UNET}", f"text_encoder.text_model.{TEXT}", ".lora_A.default.weight",
+    "PEFT, named": (f"base_model.model.{UNET}", f"base_model.model.text_model.{TEXT}", ".lora_A.default.weight",
                     ".lora_B.default.weight", None),
+    "SimpleTuner": (f"lycoris_{FLAT[0]}", f"lora_te1_text_model_{FLAT[1]}", ".lora_down.weight", ".lora_up.weight",
+                    ".alpha"),
     "ComfyUI": (f"diffusion_model.{keys.sgm_name(UNET)}", f"text_encoders.clip_l.transformer.text_model.{TEXT}",
                 ".lora_down.weight", ".lora_up.weight", ".alpha"),
 }
@@ -173,6 +178,9 @@ def test_kohya_and_peft_files_of_ours_come_back(tmp_path, pipeline):
     for kohya in (True, False):
         save_lora({"unet": state}, tmp_path / "ours.safetensors", {"about": "a test"}, kohya)
         found = load_lora(tmp_path / "ours.safetensors", parts(pipeline))["unet"]
+        told = {"about": "a test"} | ({"ss_network_module": "networks.lora", "ss_network_dim": "4",
+                                       "ss_network_alpha": "2.0"} if kohya else {})
+        assert told.items() <= read_header(tmp_path / "ours.safetensors")[1].items()
         assert len(found) == len(lora.layers(unet)) > 0
         for name, (a, b, alpha) in found.items():
             layer = unet.get_submodule(name)
@@ -190,7 +198,12 @@ def test_kohya_and_peft_files_of_ours_come_back(tmp_path, pipeline):
     (lambda t: {k: v for k, v in t.items() if "up" not in k}, "does not fit"),
     (lambda t: {"x": torch.ones(2)}, "1 of 1 tensors fit no part"),
     (lambda t: {f"text_encoder.text_model.embeddings.token_embedding.lora_{x}.weight": torch.ones(4, 4) for x in "AB"},
-     "token_embedding does not fit"),
+     "2 of 2 tensors fit no part.*token_embedding"),
+    (lambda t: t | {f"lora_unet_{FLAT[0]}_more.{end}": torch.ones(4, 4) for end in ("hada_w1_a", "alpha")},
+     "2 of 8 tensors, of a LoHa or LoKr, fit no part.*hada_w1_a"),
+    (lambda t: t | {f"lora_te1_text_projection.lora_{x}.weight": torch.ones(4, 4) for x in ("down", "up")},
+     "2 of 8 tensors fit no part.*text_projection"),
+    (lambda t: {k: torch.ones(2) if "alpha" in k else v for k, v in t.items()}, "an alpha or the header's"),
 ])
 def test_what_does_not_fit_is_refused_by_name(change, words, tmp_path, pipeline):
     path = written(tmp_path / "x.safetensors", "kohya, sgm blocks")
@@ -216,7 +229,9 @@ def test_alpha_may_stand_in_the_header(tmp_path, pipeline):
 
 def test_the_rest_is_used_when_asked(tmp_path, pipeline):
     path = written(tmp_path / "x.safetensors", "kohya, sgm blocks")
-    save_weights(read_weights(path) | {"lora_unet_nowhere.lora_up.weight": torch.ones(4, 4)}, path)
+    foreign = {f"{FLAT[0].replace('out', 'k')}.hada_w1_a": (4, 4), f"{FLAT[0].replace('to_out_0', 'to_k')}.alpha": (),
+               "nowhere.lora_up.weight": (4, 4)}
+    save_weights(read_weights(path) | {f"lora_unet_{name}": torch.ones(shape) for name, shape in foreign.items()}, path)
     assert set(load_lora(path, parts(pipeline), partial=True)) == {"unet", "text_encoder"}
     save_weights(read_weights(path) | {f"unet.{UNET}.lora_magnitude_vector": torch.ones(4)}, path)
     with pytest.raises(InputError, match="is a DoRA"):  # without its scales it would be another change
@@ -270,6 +285,23 @@ def test_diffusers_draws_the_same_with_our_files(kohya, tmp_path):
     expected = peer_outputs(other, **theirs)["prediction"]
     assert peers.distance(plain, expected) > 1e-3
     assert peers.distance(outputs(unet, **given)["prediction"], expected) <= 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kohya", [False, True])
+def test_diffusers_reads_our_files_into_a_text_encoder(kohya, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    outputs, text, given = peers.ours("text", "quick_gelu")
+    peer_outputs, other, theirs = peers.peer("text", "quick_gelu")
+    plain = peer_outputs(other, **theirs)["last"]
+    lora.inject(text, rank=4, alpha=8)
+    save_lora({"text_encoder": lora.lora_state_dict(randomize(text))}, tmp_path / "ours.safetensors", kohya=kohya)
+    state, alphas = diffusers.StableDiffusionXLPipeline.lora_state_dict(tmp_path / "ours.safetensors")[:2]
+    diffusers.StableDiffusionXLPipeline.load_lora_into_text_encoder(state, alphas, other, prefix="text_encoder")
+    expected = peer_outputs(other, **theirs)["last"]
+    assert peers.distance(plain, expected) > 1e-3
+    assert peers.distance(outputs(text, **given)["last"], expected) <= 1e-6
 
 
 @torch.no_grad()

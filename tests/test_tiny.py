@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import sample
 from minipic.common import random
 from minipic.image import open_picture, to_tensor
 from minipic.pipeline import Pipeline
@@ -110,6 +111,18 @@ def test_the_control_net_that_ships_is_followed():
         "a small purple cylinder right of a green and orange striped cone", steps=20, n=4, control=control)]))
     score = probe.accuracy([asked] * 4, seen)
     assert score["shape"] >= 0.75 and score["count"] >= 0.75, score
+
+
+def test_adapters_go_together_in_one_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = {"lora": ["--lora", f"{ADAPTERS / 'sks-torus.safetensors'}:0.7"],
+             "embedding": ["--embedding", f"{ADAPTERS / 'ring.safetensors'}"],
+             "control": ["--controlnet", f"{ADAPTERS / 'edges'}", "--control", f"{ADAPTERS / 'edges' / 'example.png'}"]}
+    for left_out in ("nothing", *files):
+        flags = [flag for name, flags in files.items() if name != left_out for flag in flags]
+        assert sample.main(["a sks torus left of a <ring>", "--model", str(TINY), "--steps", "2", "--n", "1", "--out",
+                            f"{left_out}.png", *flags]) == 0
+    assert len({open_picture(f"{name}.png").tobytes() for name in ("nothing", *files)}) == 4
 
 
 def test_adapters_are_small():

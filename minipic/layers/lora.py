@@ -106,12 +106,15 @@ def layers(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRA)}
 
 
+@torch.no_grad()
 def set_scale(model, scale, name="default"):
     """Change the strength of the LoRA `name`: 1 as trained, 0 off."""
     for module in layers(model).values():
         if name in module.ranks:
             module.ranks[name][2] = scale
             refresh(module)
+            if module.original is not None:
+                module.weight.data = module.original + module.delta()
 
 
 @torch.no_grad()
@@ -120,7 +123,7 @@ def merge(model):
     for module in layers(model).values():
         if module.original is None:
             module.original = module.weight.data
-            module.weight.data = module.weight + module.delta()
+            module.weight.data = module.original + module.delta()
 
 
 def unmerge(model):

@@ -6,6 +6,8 @@ pictures whose captions contain the word.
 
 from dataclasses import dataclass
 
+import torch
+
 from minipic.common import InputError, option
 from minipic.embedding import save_embedding
 from minipic.methods import t2i
@@ -35,8 +37,8 @@ class Recipe(t2i.Photos):
 
 
 def build(config):
-    """The pipeline with the new word; all its vectors start as those of `like`."""
-    pipeline, vectors = t2i.load(config), {}
+    """The pipeline with the new word; all its vectors start as those of `like`. Only they need fp32's digits."""
+    pipeline, vectors = t2i.load(config, torch.bfloat16 if config.precision == "bf16" else torch.float32), {}
     for part, (tokenizer, encoder) in zip(pipeline.encoders, pipeline.towers):
         first, second = tokenizer([config.like])[0, 1:3].tolist()
         if second != encoder.end_token:
@@ -47,6 +49,8 @@ def build(config):
         pipeline.add_word(config.word, vectors)
     except InputError as error:
         raise InputError(f"--word {error}") from None
+    for embedding in embeddings(pipeline).values():
+        embedding.added.data = embedding.added.data.float()
     return pipeline
 
 
@@ -59,8 +63,9 @@ def setup(pipeline, config):
 
 
 def data(pipeline, config):
-    pictures = t2i.pictures_of(pipeline, config)
-    missing = next((photo for photo in pictures if config.word.lower() not in photo.text.lower()), None)
+    pictures, (tokenizer, encoder) = t2i.pictures_of(pipeline, config), pipeline.towers[0]
+    known = len(encoder.text_model.embeddings.token_embedding.weight)  # the new ids follow
+    missing = next((photo for photo in pictures if (tokenizer([photo.text]) < known).all()), None)
     if missing:
         raise InputError(f"{missing.path}: its caption {missing.text!r} lacks the word {config.word}; put it there, or "
                          f'give --caption "a picture of {config.word}" in place of caption files')

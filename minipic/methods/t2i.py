@@ -74,6 +74,9 @@ class Photos(Denoising):
         super().__post_init__()
         if self.cache and (not self.data or Path(self.cache).is_file()):
             raise InputError(f"--cache {self.cache}: must be a folder, for what is encoded of --data; give both")
+        for flag, folder in (("--out", self.out), ("--save", self.save)):
+            if self.data and folder and Path(folder).resolve().is_relative_to(Path(self.data).resolve()):
+                raise InputError(f"{flag} {folder}: lies in --data, so its pictures would be trained on; choose another")
 
 
 @dataclass
@@ -96,6 +99,8 @@ class Recipe(Photos):
 
     lora_rank: int = option(0, "train a LoRA of this rank and leave the model as it is; 0 trains the model")
     lora_alpha: float = option(0.0, "the LoRA counts alpha / rank; 0: the rank")
+    lora_format: str = option("peft", "the LoRA file's names: PEFT's, as diffusers writes them, or kohya's scripts'",
+                              ("peft", "kohya"))
     from_nothing: bool = option(False, "start a new tiny UNet for the folder's VAE and text encoders")
     steps: int = option(8000, "optimizer steps in all")
     lr: float = option(8e-4, "peak learning rate")
@@ -276,9 +281,9 @@ def sample(pipeline, config):
 
 
 def export(pipeline, folder, config):
-    """The finished model, a pipeline folder; or the LoRA alone, folder/lora.safetensors, in PEFT's spelling."""
+    """The finished model, a pipeline folder; or the LoRA alone, folder/lora.safetensors."""
     if not config.lora_rank:
         return pipeline.save(folder, torch.float16)
     states = {part: lora.lora_state_dict(model) for part, model in {"unet": pipeline.unet, **pipeline.encoders}.items()}
     save_lora({name: state for name, state in states.items() if state}, folder / "lora.safetensors",
-              {"trained on": config.model, "steps": str(config.steps)})
+              {"trained on": Path(config.model).name, "steps": str(config.steps)}, config.lora_format == "kohya")

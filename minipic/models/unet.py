@@ -31,6 +31,8 @@ FIXED = {
     "reverse_transformer_layers_per_block": (None,), "time_cond_proj_dim": (None,), "time_embedding_act_fn": (None,),
     "time_embedding_dim": (None,), "time_embedding_type": ("positional",), "timestep_post_act": (None,),
     "upcast_attention": ...,  # asks for fp32 scores; the attention kernels always keep those in fp32
+    "decay": ..., "inv_gamma": ..., "min_decay": ..., "optimization_step": ..., "power": ..., "use_ema_warmup": ...,
+    "update_after_step": ...,  # how the weights were averaged in training, told by SDXL-inpainting's file
 }
 
 
