@@ -1,6 +1,6 @@
 """Training pictures from one's own folder: found and checked before training, each in the bucket of its shape.
 
-A picture's caption is in a .txt file of the same name (.caption, as kohya's scripts have it), or in the folder's
+A picture's caption is in a .txt file of the same name (.caption, as kohya's scripts have it), or in a folder's
 metadata.jsonl (`file_name` and `text`, as Hugging Face's imagefolder has it). Buckets are sizes of about equal area; a
 picture is scaled to cover its bucket and cut in the middle, and SDXL is told where (size_ids, 2307.01952 section 2.2).
 """
@@ -63,16 +63,17 @@ def fit(original, sizes):
 
 
 def captions_in(folder):
-    """({file name: text} of metadata.jsonl, [what is wrong with it])."""
-    found, wrong, path = {}, [], folder / "metadata.jsonl"
-    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n") if path.is_file() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line.decode()) if line.strip() else {"file_name": "", "text": ""}
-            (row["file_name"] + str(row["text"])).encode()  # refuses half a surrogate pair, which JSON can hold
-            found[posixpath.normpath(row["file_name"])] = row["text"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            wrong.append(f"{path}, line {number}: expected a JSON object in UTF-8 with file_name and text")
+    """({file name: text} of every metadata.jsonl, whose names are as seen from there, [what is wrong with them])."""
+    found, wrong = {}, []
+    for path in sorted(folder.rglob("metadata.jsonl")):
+        inside = path.parent.relative_to(folder).as_posix()
+        for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+            try:
+                row = json.loads(line.decode()) if line.strip() else {"file_name": "", "text": ""}
+                (row["file_name"] + str(row["text"])).encode()  # refuses half a surrogate pair, which JSON can hold
+                found[posixpath.normpath(posixpath.join(inside, row["file_name"]))] = row["text"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                wrong.append(f"{path}, line {number}: expected a JSON object in UTF-8 with file_name and text")
     return found, wrong
 
 

@@ -105,6 +105,16 @@ def test_a_bad_line_of_metadata_is_listed(line, folder):
     assert "metadata.jsonl, line 2: expected a JSON object in UTF-8 with file_name and text" in said[0]
 
 
+def test_every_folder_may_have_a_metadata_of_its_own(folder):
+    (folder / "metadata.jsonl").unlink()
+    (folder / "deep/metadata.jsonl").write_text('{"file_name": "c.png", "text": "deep down"}\n\n')
+    texts = [photo.text for photo in read_folder(folder, 64, 16, caption="none", say=str)]
+    assert texts == ["a red cube", "a wide one", "deep down"]
+    (folder / "deep/metadata.jsonl").write_text('{"file_name": "a.png", "text": "not here"}')
+    with pytest.raises(InputError, match="2 problems"):  # a.png is not there, c.png has no caption
+        read_folder(folder, 64, 16, say=str)
+
+
 def test_a_name_that_is_no_utf8_is_listed(folder):
     picture(folder / "cafe.png", 64, 64)
     (folder / "cafe.png").rename(folder / os.fsdecode(b"caf\xe9.png"))
