@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from minipic.common import option, random
 from minipic.image import labelled_grid, to_pictures
 from minipic.training import Recipe as Base
-from minipic.world.camera import extrinsics, intrinsics, project
+from minipic.world.camera import extrinsic_of, intrinsics, project
 from minipic.world.probe import CELL, CELL_HEADS, PICTURE_HEADS, Judge, heads, read, save_judge
 from minipic.world.scene import (COLORS, FLOORS, PATTERNS, SHAPES, SIZES, SKIES, centres, layout, render,
                                  sample_scene)
@@ -63,7 +63,7 @@ def truth(scene):
     """What the judge should say of a scene: numbers for up to three objects, `real` marks those that exist."""
     index = lambda table, name: list(table).index(name)
     middles = centres(scene.objects)
-    pixels, _ = project(middles, extrinsics([scene.camera])[0], intrinsics(SIZE))
+    pixels, _ = project(middles, extrinsic_of(scene.camera), intrinsics(SIZE))
     rows = [[index(SHAPES, o.shape), index(SIZES, o.size), index(PATTERNS, o.pattern), index(COLORS, o.color),
              index(COLORS, o.color2 or o.color)] for o in scene.objects]
     pad = lambda x: F.pad(x, (0, 0, 0, 3 - len(rows)))

@@ -3,6 +3,7 @@
 Picture convention: x right, y down, z forward; pixel centres at +0.5. World: y up, z towards the viewer at azimuth 0.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -32,6 +33,12 @@ def extrinsics(cameras):
     right = torch.nn.functional.normalize(torch.stack([-forward[:, 2], torch.zeros(len(eye)), forward[:, 0]], 1), dim=1)
     rotation = torch.stack([right, torch.linalg.cross(forward, right), forward], 1)
     return torch.cat([rotation, -rotation @ eye[:, :, None]], 2)
+
+
+@functools.lru_cache(maxsize=4096)
+def extrinsic_of(camera):
+    """World-to-camera [3,4] of one camera; a scene is placed and told by many looks through the same."""
+    return extrinsics([camera])[0]
 
 
 def intrinsics(size):

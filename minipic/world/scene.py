@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from minipic.common import InputError, random
-from minipic.world.camera import Camera, direction, directions, extrinsics, eyes, intrinsics, project
+from minipic.world.camera import Camera, direction, directions, extrinsic_of, extrinsics, eyes, intrinsics, project
 from minipic.world.raycast import Bodies, cast, shine
 from minipic.world.solids import HULLS, SOLIDS
 
@@ -91,7 +91,7 @@ HIDDEN = 0.25   # the most of an object's box that a nearer one's box may cover
 def layout(offsets, camera, aspect):
     """Where floor points or centres [..., 3] lie: `across` in shares of the picture's width, `aside` in its shorter
     sides (0 in the middle), `ahead` towards the viewer in world units; each [...]."""
-    pixels, _ = project(offsets, extrinsics([camera])[0], intrinsics((1, aspect)))
+    pixels, _ = project(offsets, extrinsic_of(camera), intrinsics((1, aspect)))
     x = pixels[..., 0]
     return x / aspect, (x - aspect / 2) / min(1, aspect), offsets @ direction(camera.azimuth, 0)
 
@@ -162,7 +162,7 @@ def clear(objects, offset, camera, aspect):
     """Which placements [T] are good: objects (that stand in the middle, x = z = 0) moved by offset [T,n,3] are wholly
     in the picture, apart, hardly hidden, and any two clearly left/right or in front/behind."""
     points = hull(objects)
-    pixels, _ = project(points + offset[:, :, None], extrinsics([camera])[0], intrinsics((1, aspect)))
+    pixels, _ = project(points + offset[:, :, None], extrinsic_of(camera), intrinsics((1, aspect)))
     low, high = pixels.amin(2), pixels.amax(2)
     good = ((low > 0.02) & (high < torch.tensor([aspect, 1]) - 0.02)).flatten(1).all(1)
     _, aside, ahead = layout(offset + centres(objects), camera, aspect)
