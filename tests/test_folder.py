@@ -135,7 +135,8 @@ def test_settings_that_make_no_sense_are_refused(folder, capsys):
                          (("--lora-alpha", "nan"), "argument --lora-alpha: invalid float value: 'nan'"),
                          (("--drop", "2"), "--drop must be at most 1"), (("--min-snr", "-1"), "--min-snr must be at least 0"),
                          (("--scenes", "0"), "--scenes must be at least 1"), (("--balanced", "--min-snr", "5"), "--balanced and --min-snr are two weightings"),
-                         (("--side", "8"), "--side 8: must be at least 16"), (("--lora-alpha", "4"), "--lora-alpha: needs --lora-rank")):
+                         (("--side", "8"), "--side 8: must be at least 16"), (("--lora-alpha", "4"), "--lora-alpha and --lora-format kohya: need --lora-rank"),
+                         (("--lora-format", "kohya"), "need --lora-rank")):
         assert train.main(["t2i", "--data", str(folder), "--model", str(tiny.folder()), "--steps", "1", "--out",
                            str(folder.parent / "run"), *flags]) == 2
         assert words in capsys.readouterr().err
@@ -143,6 +144,12 @@ def test_settings_that_make_no_sense_are_refused(folder, capsys):
         assert train.main(["t2i", "--data", str(folder), flag, str(folder / "run")]) == 2
         assert f"{flag} {folder / 'run'}: lies in --data" in capsys.readouterr().err
     assert train.main(["t2i", "--side", "32"]) == 2 and "--side: the world's pictures have" in capsys.readouterr().err
+
+
+def test_kohyas_names_are_for_sdxl(folder, capsys):
+    assert train.main(["t2i", "--data", str(folder), "--model", str(tiny.folder("sd15")), "--lora-rank", "2", "--lora-format",
+                       "kohya", "--batch", "2", "--out", str(folder.parent / "run")]) == 2
+    assert "--lora-format kohya: writes names that only SDXL's" in capsys.readouterr().err
 
 
 def test_a_refiner_is_refused_before_anything_is_encoded(folder, capsys, tmp_path):

@@ -116,8 +116,8 @@ class Recipe(Photos):
         super().__post_init__()
         if self.from_nothing and self.lora_rank:
             raise InputError("--lora-rank changes a model that is there; leave out --from-nothing")
-        if self.lora_alpha and not self.lora_rank:
-            raise InputError("--lora-alpha: needs --lora-rank, the LoRA that it scales")
+        if (self.lora_alpha or self.lora_format == "kohya") and not self.lora_rank:
+            raise InputError("--lora-alpha and --lora-format kohya: need --lora-rank, a LoRA to be about")
         if self.side and not self.data:
             raise InputError("--side: the world's pictures have sizes of their own; give --data, or leave it out")
 
@@ -153,6 +153,8 @@ def build(config):
 
 def setup(pipeline, config):
     trained = [pipeline.unet, *(text_layers(pipeline) if config.train_text else [])]
+    if config.lora_format == "kohya" and not pipeline.sdxl:
+        raise InputError("--lora-format kohya: writes names that only SDXL's LoRAs have; leave it out for this model")
     if config.lora_rank:
         return [p for part in trained for p in lora.inject(part, config.lora_rank, config.lora_alpha or None)]
     if config.train_text:
