@@ -62,7 +62,7 @@ def test_edges_of_a_picture_are_its_steps():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_subject_is_told_from_its_class(judge, tmp_path, seed):
-    case = cases.subject(seed, 9, judge, tmp_path, 1)
+    case = cases.subject(seed, 15, judge, tmp_path, 1)
     assert len(list(tmp_path.glob("*.png"))) == 5
     assert case.renders["identity"] > 0.8 and case.renders["setting"] == 1 and case.renders["others"] > 0.8
     it, color = list(cases.SUBJECTS.items())[seed]

@@ -199,7 +199,7 @@ def test_kohya_and_peft_files_of_ours_come_back(tmp_path, pipeline):
     (lambda t: {"x": torch.ones(2)}, "1 of 1 tensors fit no part"),
     (lambda t: {f"text_encoder.text_model.embeddings.token_embedding.lora_{x}.weight": torch.ones(4, 4) for x in "AB"},
      "2 of 2 tensors fit no part.*token_embedding"),
-    (lambda t: t | {f"lora_unet_{FLAT[0]}_more.{end}": torch.ones(4, 4) for end in ("hada_w1_a", "alpha")},
+    (lambda t: t | {f"lora_unet_{FLAT[0].replace('to_out_0', 'to_k')}.{end}": torch.ones(()) for end in ("hada_w1_a", "alpha")},
      "2 of 8 tensors, of a LoHa or LoKr, fit no part.*hada_w1_a"),
     (lambda t: t | {f"lora_te1_text_projection.lora_{x}.weight": torch.ones(4, 4) for x in ("down", "up")},
      "2 of 8 tensors fit no part.*text_projection"),
@@ -229,9 +229,9 @@ def test_alpha_may_stand_in_the_header(tmp_path, pipeline):
 
 def test_the_rest_is_used_when_asked(tmp_path, pipeline):
     path = written(tmp_path / "x.safetensors", "kohya, sgm blocks")
-    foreign = {f"{FLAT[0].replace('out', 'k')}.hada_w1_a": (4, 4), f"{FLAT[0].replace('to_out_0', 'to_k')}.alpha": (),
-               "nowhere.lora_up.weight": (4, 4)}
-    save_weights(read_weights(path) | {f"lora_unet_{name}": torch.ones(shape) for name, shape in foreign.items()}, path)
+    loha = f"lora_unet_{FLAT[0].replace('to_out_0', 'to_k')}"  # a layer that this model has
+    save_weights(read_weights(path) | {"lora_unet_nowhere.lora_up.weight": torch.ones(4, 4),
+                                       f"{loha}.hada_w1_a": torch.ones(4, 4), f"{loha}.alpha": torch.tensor(4.0)}, path)
     assert set(load_lora(path, parts(pipeline), partial=True)) == {"unet", "text_encoder"}
     save_weights(read_weights(path) | {f"unet.{UNET}.lora_magnitude_vector": torch.ones(4)}, path)
     with pytest.raises(InputError, match="is a DoRA"):  # without its scales it would be another change
@@ -269,39 +269,26 @@ def test_pipeline_draws_with_loras_and_without_again(tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kohya", [False, True])
-def test_diffusers_draws_the_same_with_our_files(kohya, tmp_path):
+@pytest.mark.parametrize("part, kind, name, output", [("unet", "unet", "sdxl", "prediction"),
+                                                      ("text_encoder", "text", "quick_gelu", "last")])
+def test_diffusers_draws_the_same_with_our_files(part, kind, name, output, kohya, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
-    _, unet, given = peers.ours("unet", "sdxl")
-    _, other, theirs = peers.peer("unet", "sdxl")
-    given, theirs = ({key: x.float() for key, x in values.items()} for values in (given, theirs))
-    lora.inject(unet, rank=4, alpha=8)
-    save_lora({"unet": lora.lora_state_dict(randomize(unet))}, tmp_path / "ours.safetensors", kohya=kohya)
-    outputs, peer_outputs = peers.ours("unet", "sdxl")[0], peers.peer("unet", "sdxl")[0]
-    state, alphas = diffusers.StableDiffusionXLPipeline.lora_state_dict(
-        tmp_path / "ours.safetensors", unet_config=other.config)[:2]
-    plain = peer_outputs(other, **theirs)["prediction"]
-    diffusers.StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, other)
-    expected = peer_outputs(other, **theirs)["prediction"]
+    outputs, model, given = peers.ours(kind, name)
+    peer_outputs, other, theirs = peers.peer(kind, name)
+    given, theirs = ({key: x.float() if kind == "unet" else x for key, x in values.items()} for values in (given, theirs))
+    lora.inject(model, rank=4, alpha=8)
+    save_lora({part: lora.lora_state_dict(randomize(model))}, tmp_path / "ours.safetensors", kohya=kohya)
+    plain, pipeline = peer_outputs(other, **theirs)[output], diffusers.StableDiffusionXLPipeline
+    if part == "unet":
+        state, alphas = pipeline.lora_state_dict(tmp_path / "ours.safetensors", unet_config=other.config)[:2]
+        pipeline.load_lora_into_unet(state, alphas, other)
+    else:
+        state, alphas = pipeline.lora_state_dict(tmp_path / "ours.safetensors")[:2]
+        pipeline.load_lora_into_text_encoder(state, alphas, other, prefix=part)
+    expected = peer_outputs(other, **theirs)[output]
     assert peers.distance(plain, expected) > 1e-3
-    assert peers.distance(outputs(unet, **given)["prediction"], expected) <= 1e-6
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kohya", [False, True])
-def test_diffusers_reads_our_files_into_a_text_encoder(kohya, tmp_path):
-    diffusers = pytest.importorskip("diffusers")
-    pytest.importorskip("peft")
-    outputs, text, given = peers.ours("text", "quick_gelu")
-    peer_outputs, other, theirs = peers.peer("text", "quick_gelu")
-    plain = peer_outputs(other, **theirs)["last"]
-    lora.inject(text, rank=4, alpha=8)
-    save_lora({"text_encoder": lora.lora_state_dict(randomize(text))}, tmp_path / "ours.safetensors", kohya=kohya)
-    state, alphas = diffusers.StableDiffusionXLPipeline.lora_state_dict(tmp_path / "ours.safetensors")[:2]
-    diffusers.StableDiffusionXLPipeline.load_lora_into_text_encoder(state, alphas, other, prefix="text_encoder")
-    expected = peer_outputs(other, **theirs)["last"]
-    assert peers.distance(plain, expected) > 1e-3
-    assert peers.distance(outputs(text, **given)["last"], expected) <= 1e-6
+    assert peers.distance(outputs(model, **given)[output], expected) <= 1e-6
 
 
 @torch.no_grad()

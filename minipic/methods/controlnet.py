@@ -28,8 +28,8 @@ class Recipe(t2i.Pairs):
 
 
 def build(config):
-    """The pipeline with a new ControlNet; what does not train needs no more digits than the arithmetic has."""
-    pipeline = t2i.load(config, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    """The pipeline with a new ControlNet."""
+    pipeline = t2i.load(config, stays=True)
     pipeline.controlnet = ControlNet.from_unet(pipeline.unet, pipeline.vae.config.factor, config.small).float()
     return pipeline
 

@@ -6,8 +6,6 @@ pictures whose captions contain the word.
 
 from dataclasses import dataclass
 
-import torch
-
 from minipic.common import InputError, option
 from minipic.embedding import save_embedding
 from minipic.methods import t2i
@@ -37,8 +35,8 @@ class Recipe(t2i.Photos):
 
 
 def build(config):
-    """The pipeline with the new word; all its vectors start as those of `like`. Only they need fp32's digits."""
-    pipeline, vectors = t2i.load(config, torch.bfloat16 if config.precision == "bf16" else torch.float32), {}
+    """The pipeline with the new word; all its vectors, which alone train, start as those of `like`."""
+    pipeline, vectors = t2i.load(config, stays=True), {}
     for part, (tokenizer, encoder) in zip(pipeline.encoders, pipeline.towers):
         first, second = tokenizer([config.like])[0, 1:3].tolist()
         if second != encoder.end_token:
@@ -50,7 +48,7 @@ def build(config):
     except InputError as error:
         raise InputError(f"--word {error}") from None
     for embedding in embeddings(pipeline).values():
-        embedding.added.data = embedding.added.data.float()
+        embedding.added.data = embedding.added.data.float()  # of the rest's digits until here
     return pipeline
 
 

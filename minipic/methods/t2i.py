@@ -117,14 +117,15 @@ class Recipe(Photos):
         if self.from_nothing and self.lora_rank:
             raise InputError("--lora-rank changes a model that is there; leave out --from-nothing")
         if (self.lora_alpha or self.lora_format == "kohya") and not self.lora_rank:
-            raise InputError("--lora-alpha and --lora-format kohya: need --lora-rank, a LoRA to be about")
+            raise InputError("--lora-alpha and --lora-format kohya: need --lora-rank; without it there is no LoRA")
         if self.side and not self.data:
             raise InputError("--side: the world's pictures have sizes of their own; give --data, or leave it out")
 
 
-def load(config, dtype=torch.float32, also=""):
-    """The pipeline of --model. A UNet that looks at more than x trains only in the recipe that says so: `also`."""
-    pipeline = Pipeline.load(config.model, dtype)
+def load(config, stays=False, also=""):
+    """The pipeline of --model, in fp32; one that `stays` as it is needs no more digits than the arithmetic has. A UNet
+    that looks at more than x trains only in the recipe that says so: `also`."""
+    pipeline = Pipeline.load(config.model, torch.bfloat16 if stays and config.precision == "bf16" else torch.float32)
     if pipeline.sdxl and pipeline.text_encoder is None:
         raise InputError(f"--model {config.model}: is a refiner, which no recipe trains; give an ordinary model")
     if pipeline.looks not in ("", also):
@@ -135,9 +136,8 @@ def load(config, dtype=torch.float32, also=""):
 
 def build(config):
     """The pipeline to train: as it is, or its VAE and text encoders with a new UNet."""
-    if not config.from_nothing:  # what stays as it is needs no more digits than the arithmetic has
-        half = config.lora_rank and config.precision == "bf16"
-        return load(config, torch.bfloat16 if half else torch.float32)
+    if not config.from_nothing:
+        return load(config, stays=config.lora_rank > 0)
     folder = Path(config.model)
     parts = {name: load_part(open_part(folder / name, name), torch.float32)
              for name in ("vae", "text_encoder", "text_encoder_2")}
