@@ -12,7 +12,6 @@ import train
 from minipic.common import InputError
 from minipic.embedding import load_embedding, save_embedding
 from minipic.image import open_picture, to_pictures
-from minipic.methods import inversion
 from minipic.pipeline import Pipeline
 from minipic.weights import read_weights, save_weights
 from minipic.world.scene import render, sample_scene
@@ -169,14 +168,6 @@ def test_training_moves_the_new_vectors_only(photos, tmp_path, capsys):
                         (["--caption", "a <cat>", "--word", "small</w>"], "--word 'small</w>' already is a token")):
         assert train.main([*flags, "--out", str(tmp_path / "other"), "--steps", "1", *more]) == 2
         assert words in "".join(capsys.readouterr())
-
-
-def test_what_stays_as_it_is_has_no_more_digits_than_the_arithmetic(photos):
-    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        pipeline = inversion.build(inversion.Recipe(model=str(folder()), data=str(photos), like="cube", precision=precision))
-        assert {p.dtype for p in inversion.setup(pipeline, None)} == {torch.float32}
-        assert {p.dtype for name, p in pipeline.named_parameters() if not name.endswith(".added")} == {dtype}
-        assert pipeline.encode("a <new>")[0].context.dtype == dtype
 
 
 def test_dreambooth_keeps_what_the_model_drew_of_the_class(photos, tmp_path, capsys):

@@ -11,7 +11,7 @@ import torch
 import train
 from minipic.common import random
 from minipic.data import KINDS, Picture, compose
-from minipic.methods import clip, t2i, vae
+from minipic.methods import clip, controlnet, edit, inversion, t2i, vae
 from minipic.pipeline import Pipeline
 from minipic.world.caption import parse
 from minipic.world.scene import is_held_out, render
@@ -160,6 +160,20 @@ def test_every_trained_weight_gets_a_gradient():
     last = pipeline.text_encoder.text_model.encoder.layers[-1]
     assert {id(p) for p in last.parameters()}.isdisjoint(map(id, params))
     assert len(params) > sum(1 for _ in pipeline.unet.parameters()) + 40
+
+
+@pytest.mark.parametrize("recipe, settings, stays", [
+    (t2i, {}, False), (t2i, {"lora_rank": 2}, True), (inversion, {"data": "photos", "like": "cube"}, True),
+    (controlnet, {}, True), (edit, {}, False)])
+def test_what_trains_is_in_fp32_and_what_stays_as_the_arithmetic(recipe, settings, stays):
+    from tiny import folder
+    for precision in ("bf16", "fp32"):
+        config = recipe.Recipe(model=str(folder()), precision=precision, **settings)
+        pipeline = recipe.build(config)
+        trained = recipe.setup(pipeline, config)
+        rest = {p.dtype for p in pipeline.parameters() if id(p) not in set(map(id, trained))}
+        assert {p.dtype for p in trained} == {torch.float32}
+        assert rest == {torch.bfloat16 if stays and precision == "bf16" else torch.float32}
 
 
 def test_from_nothing_to_a_pipeline(tmp_path):
