@@ -63,6 +63,7 @@ class Settings:
     target_size: str = option(None, "WIDTHxHEIGHT that SDXL is told was wanted; --size if left out")
     device: str = option(None, "cuda, mps or cpu; the best there is if left out")
     dtype: str = option(None, "fp32, bf16 or fp16; what suits the device and the model if left out", tuple(DTYPES))
+    graph: bool = option(False, "on an NVIDIA GPU: start each step as one CUDA graph; its speed is not yet measured")
     out: str = option("pictures", "folder, or name.png; a number is added where the name is taken")
     film: str = option(None, "PNG to draw the predicted picture after every step into")
     from_: str = option(None, "PNG drawn here: start from the settings kept inside it; flags win")
@@ -75,7 +76,7 @@ class Settings:
                 raise InputError(f"--{key.rstrip('_').replace('_', '-')}: is empty; name what it should be or leave it out")
 
 
-FORGET = ("prompts", "out", "film", "device", "from_", "verify", "selftest")  # a picture keeps all other settings
+FORGET = ("prompts", "out", "film", "device", "graph", "from_", "verify", "selftest")  # a picture keeps the other settings
 
 
 def main(argv=None):
@@ -209,10 +210,11 @@ def draw(config):
     add_files(pipeline, config)
     refiner = Pipeline.load(config.refiner, **load) if config.refiner else None
     size, sampler, grid = pipeline.plan(config.steps, config.n, pair(config.size, "size", "x"), config.sampler, image,
-                                        config.strength, mask, control, edit, config.image_guidance, refiner)
+                                        config.strength, mask, control, edit, config.image_guidance, refiner,
+                                        config.graph)
     given = {"negative": config.negative, "steps": config.steps, "guidance": config.guidance, "size": size,
              "sampler": sampler, "image": image, "strength": config.strength, "mask": mask, "refiner": refiner,
-             "control": control, "edit": edit, "image_guidance": config.image_guidance,
+             "control": control, "edit": edit, "image_guidance": config.image_guidance, "graph": config.graph,
              "original_size": pair(config.original_size, "original-size", "x"), "crop": pair(config.crop, "crop", ","),
              "target_size": pair(config.target_size, "target-size", "x")}
     for prompt in prompts:  # all of them, before the text encoders make room for the UNet

@@ -68,6 +68,11 @@ def cover(picture, size):
     return picture if picture.size == tuple(size) else ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
 
 
+def white(mask, size):
+    """A PIL mask -> [1,H,W] of `size` (width, height): 1 where it is white, 0 where it is black."""
+    return (to_tensor(cover(mask.convert("L"), size)) >= 0).float()
+
+
 def wrap(text, font, width):
     """Break a text into lines of about `width` pixels, also inside a long word."""
     return textwrap.wrap(text, int(width / font.getlength("x")))

@@ -19,8 +19,9 @@ from minipic.common import InputError
 from minipic.diffusion.guidance import combine, rescale as rescale_to
 from minipic.diffusion.samplers import SAMPLERS, keep
 from minipic.diffusion.schedule import Schedule
-from minipic.image import cover, flatten, to_pictures, to_tensor
+from minipic.image import cover, flatten, to_pictures, to_tensor, white
 from minipic.layers import lora
+from minipic.layers.graph import graphed
 from minipic.layouts import blank, load_part, open_model, save_folder
 from minipic.text import Conditioning, Tokenizer, encode, size_ids
 
@@ -148,7 +149,7 @@ class Pipeline(Adapters):
     @torch.no_grad()
     def steps(self, prompt, negative=None, steps=30, guidance=5.0, seed=0, n=1, size=None, sampler=None, image=None,
               strength=0.75, mask=None, original_size=None, crop=(0, 0), target_size=None, rescale=0.0,
-              refiner=None, handover=0.8, control=(), edit=None, image_guidance=1.5):
+              refiner=None, handover=0.8, control=(), edit=None, image_guidance=1.5, graph=False):
         """Yield (x_t, predicted x0), each [n,4,h,w], after every step; `decode` makes pictures of either.
 
         guidance: 1 or less is off (Turbo); rescale: see diffusion/guidance.py. size: (width, height), multiples of 8.
@@ -158,12 +159,13 @@ class Pipeline(Adapters):
         drawn as if cut out of one of that size. refiner: a Pipeline that takes the last 1 - handover of the schedule.
         control: for each ControlNet, in the order of `add_control`, a PIL picture of edges, depth or the like to follow
         and how closely, 1 as trained, 0 not at all: [(picture, scale), ...]. edit: a PIL picture that the prompt says
-        how to change, for a model trained to; image_guidance: how much to stay with it, 1 or less is off.
+        how to change, for a model trained to; image_guidance: how much to stay with it, 1 or less is off. graph: replay
+        each step as a CUDA graph.
         """
         image, edit = (picture and flatten(picture) for picture in (image, edit))
         control = [(flatten(picture), scale) for picture, scale in control]
         size, sampler, grid = self.plan(steps, n, size, sampler, image, strength, mask, control, edit, image_guidance,
-                                        refiner)
+                                        refiner, graph)
         text, factor, objective = self.encode(prompt, negative), self.vae.config.factor, self.schedule.objective
         generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]  # on the CPU: equal on every device
         shape = (self.vae.config.latent_channels, size[1] // factor, size[0] // factor)
@@ -189,7 +191,7 @@ class Pipeline(Adapters):
                       for name, (picture, scale) in zip(self.controlnets, control) if scale and pipeline is self]
             predict = pipeline.predictor(*text, sizes, n, guidance, rescale, follow,
                                          beside if pipeline is self else None, image_guidance)
-            denoise = pipeline.schedule.objective.denoiser(predict, grid)
+            denoise = pipeline.schedule.objective.denoiser(graphed(predict) if graph else predict, grid)
             drawing = SAMPLERS[sampler](denoise, x, grid.sigmas, noise)
             if keeps:
                 drawn = latent_mask(white(mask, size), factor).to(x)
@@ -200,7 +202,7 @@ class Pipeline(Adapters):
                 pipeline.free("unet", *pipeline.controlnets)
 
     def plan(self, steps=30, n=1, size=None, sampler=None, image=None, strength=0.75, mask=None, control=(), edit=None,
-             image_guidance=1.5, refiner=None):
+             image_guidance=1.5, refiner=None, graph=False):
         """(size, sampler, Grid) of a drawing; InputError, naming sample.py's flag, for what cannot be drawn."""
         if sampler is not None and sampler not in SAMPLERS:
             raise InputError(f"--sampler {sampler}: unknown; choose one of {', '.join(SAMPLERS)}")
@@ -226,6 +228,8 @@ class Pipeline(Adapters):
             raise InputError("this model fills in parts of pictures; name one with --image, and the part with --mask")
         if not 0 <= image_guidance < math.inf:
             raise InputError(f"--image-guidance {image_guidance}: choose 1 (off) to about 2")
+        if graph and self.device.type != "cuda":
+            raise InputError(f"--graph: is for NVIDIA's GPUs, and this draws on {self.device.type}; leave it out")
         if refiner and refiner.looks:
             raise InputError("--refiner: its UNet sees a picture beside the one that it draws; use an ordinary model")
         if size is None:
@@ -336,11 +340,6 @@ def open_tokenizer(path, name, vocab_size):
     if tokenizer.size != vocab_size:
         raise InputError(f"{folder}: has {tokenizer.size} tokens, its text encoder {vocab_size}; use the model's own")
     return tokenizer
-
-
-def white(mask, size):
-    """A PIL mask -> [1,H,W]: 1 where to draw, 0 where to keep."""
-    return (to_tensor(cover(mask.convert("L"), size)) >= 0).float()
 
 
 def latent_mask(drawn, factor):

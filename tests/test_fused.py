@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import peers
 import pytest
@@ -14,12 +15,13 @@ import torch
 import torch.nn as nn
 
 from minipic.common import InputError
-from minipic.layers import blocks
-from minipic.layers.blocks import geglu, group_norm, layer_norm
+from minipic.layers import attention, blocks
+from minipic.layers.blocks import add_norm, geglu, group_norm, layer_norm
+from minipic.layouts import load_part, open_part
 from minipic.models.unet import UNet, UNetConfig
 from minipic.models.vae import VAE, VAEConfig
 
-GPU = torch.cuda.is_available()
+ROOT, GPU = Path(__file__).parents[1], torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 LAYOUTS = {
@@ -63,6 +65,11 @@ def with_silu(x, norm, backend):
     return group_norm(x, norm, silu=True, backend=backend)
 
 
+def of_sum(x, norm, backend):
+    """x [2,...,D] holds both that are added."""
+    return torch.stack(add_norm(*x, norm, backend=backend))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape, groups", GROUP_NORMS, ids=str)
 def test_group_norm(shape, groups, layout):
@@ -78,6 +85,8 @@ def test_group_norm(shape, groups, layout):
 def test_layer_norm(shape):
     x = numbers(*shape)
     check(layer_norm, x, norm_of(nn.LayerNorm(shape[-1]), x.dtype), 1e-5)
+    check(of_sum, torch.stack([x, x.flip(0)]), norm_of(nn.LayerNorm(shape[-1]), x.dtype), 1e-5)
+    check(of_sum, numbers(*shape, 2).movedim(-1, 0), norm_of(nn.LayerNorm(shape[-1]), x.dtype), 1e-5)  # not contiguous
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 24), (5, 2), (1, 2, 2 * 1030)] + [(2, 4096, 5120)] * GPU, ids=str)
@@ -91,6 +100,7 @@ def test_16_bits(dtype):
     x = numbers(2, 12, 5, 7, dtype=dtype)
     check(with_silu, x, norm_of(nn.GroupNorm(3, 12), dtype))
     check(layer_norm, numbers(9, 20, dtype=dtype), norm_of(nn.LayerNorm(20), dtype))
+    check(of_sum, numbers(2, 9, 20, dtype=dtype), norm_of(nn.LayerNorm(20), dtype))
     check(geglu, numbers(9, 20, dtype=dtype))
 
 
@@ -127,6 +137,7 @@ def test_every_number_is_written_and_none_beyond(monkeypatch):
         x = LAYOUTS[layout](numbers(2, 66, 5, 13))
         check(with_silu, x, norm_of(nn.GroupNorm(2, 66), x.dtype))
     check(layer_norm, numbers(19, 37), norm_of(nn.LayerNorm(37), torch.float32), 1e-5)
+    check(of_sum, numbers(2, 19, 37), norm_of(nn.LayerNorm(37), torch.float32), 1e-5)
     check(geglu, numbers(3, 2, 2060))
     assert len(made) > 15
     assert all(store[-64:].isnan().all() and store[:-64].isfinite().all() for store in made)
@@ -134,43 +145,56 @@ def test_every_number_is_written_and_none_beyond(monkeypatch):
 
 def test_twins_have_the_gradients_of_finite_differences():
     for run, x, norm in ((with_silu, numbers(2, 4, 2, 3).double(), nn.GroupNorm(2, 4).double()),
-                         (layer_norm, numbers(3, 5).double(), nn.LayerNorm(5).double())):
+                         (layer_norm, numbers(3, 5).double(), nn.LayerNorm(5).double()),
+                         (of_sum, numbers(2, 3, 5).double(), nn.LayerNorm(5).double())):
         norm = peers.fill(norm).to(DEVICE)
         assert torch.autograd.gradcheck(lambda x, *_: run(x, norm, backend="plain"),
                                         (x.requires_grad_(), *norm.parameters()))
     assert torch.autograd.gradcheck(geglu, numbers(3, 8).double().requires_grad_())
 
 
-def networks():
-    """A UNet and a VAE as small as they come, with their inputs."""
-    unet = UNetConfig(block_out_channels=(8, 16), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-                      up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(0, 1),
-                      attention_head_dim=(1, 1), layers_per_block=1, cross_attention_dim=6, norm_num_groups=2,
-                      addition_time_embed_dim=8, projection_class_embeddings_input_dim=20 + 6 * 8)
-    vae = VAEConfig(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2)
-    yield UNet(unet), peers.unet_outputs, {
-        "x": numbers(1, 4, 6, 4), "t": torch.tensor(3.0), "context": numbers(1, 3, 6), "pooled": numbers(1, 20),
-        "size_ids": torch.zeros(1, 6, device=DEVICE)}
-    yield VAE(vae), peers.vae_outputs, {"image": numbers(1, 3, 8, 8), "z": numbers(1, 4, 4, 4)}
+def network(name, dtype):
+    """A model, what it is asked (tests/peers.py) and its inputs: a UNet and a VAE as small as they come, and the UNet of
+    the tiny model."""
+    if name == "vae":
+        vae = VAE(VAEConfig(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2))
+        return peers.fill(vae).to(DEVICE), peers.vae_outputs, {"image": numbers(1, 3, 8, 8), "z": numbers(1, 4, 4, 4)}
+    if name == "tiny":
+        unet, size = load_part(open_part(ROOT / "weights" / "tiny" / "unet", "unet"), dtype, DEVICE), (2, 4, 16, 16)
+    else:
+        unet, size = UNet(UNetConfig(
+            block_out_channels=(8, 32), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(0, 1),
+            attention_head_dim=(1, 1), layers_per_block=1, cross_attention_dim=6, norm_num_groups=2,
+            addition_time_embed_dim=8, projection_class_embeddings_input_dim=20 + 6 * 8)), (1, 4, 6, 4)
+        peers.fill(unet).to(DEVICE)
+    config, (b, *_) = unet.config, size
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return unet, peers.unet_outputs, {
+        "x": numbers(*size, dtype=dtype), "t": torch.tensor(3.0), "pooled": numbers(b, pooled, dtype=dtype),
+        "context": numbers(b, 3 if name == "unet" else 77, config.cross_attention_dim, dtype=dtype),
+        "size_ids": torch.zeros(b, 6, device=DEVICE)}
 
 
-@pytest.mark.parametrize("network", [0, 1], ids=["unet", "vae"])
-def test_networks_send_every_norm_and_gate_through(network, monkeypatch):
+@pytest.mark.parametrize("name, dtype", [("unet", torch.float32), ("vae", torch.float32)] + GPU * [
+    ("tiny", dtype) for dtype in TOLERANCE], ids=str)
+def test_whole_networks_use_the_kernels_and_give_the_same_numbers(name, dtype, monkeypatch):
     pytest.importorskip("triton")
-    model, outputs, given = list(networks())[network]
-    peers.fill(model).to(DEVICE)
+    model, outputs, given = network(name, dtype)
 
     def results():
         out = torch.cat([value.flatten() for value in outputs(model, **given).values()])
         return out.detach(), torch.autograd.grad(out.sum(), [*model.parameters()])
     expected, expected_gradients = results()
     monkeypatch.setattr(blocks, "choose", lambda: "triton")
+    monkeypatch.setattr(attention, "choose", lambda q, k: "sdpa" if name == "vae" else "triton")
     for module in (nn.GroupNorm, nn.LayerNorm):
         monkeypatch.setattr(module, "forward", None)
     found, gradients = results()
-    assert peers.distance(found, expected) < 1e-5
+    tolerance = {torch.float32: 1e-5}.get(dtype, 4 * TOLERANCE[dtype])  # the plain networks round too
+    assert peers.distance(found, expected) < tolerance
     largest = max(g.abs().max() for g in expected_gradients)
-    assert max((one - other).abs().max() for one, other in zip(gradients, expected_gradients)) < 1e-5 * largest
+    assert max((one - other).abs().max() for one, other in zip(gradients, expected_gradients)) < tolerance * largest
 
 
 def test_unknown_backend_is_refused_by_name():
@@ -198,11 +222,12 @@ kernels = [("moments", fused.TILE | order) for order in ORDERS.values()] + [("co
 kernels += [("apply", fused.TILE | order | {"SILU": True}) for order in ORDERS.values()]
 kernels += [("group_norm_grad", fused.TILE | order | {"SILU": True, "SUM": total}) for order in ORDERS.values()
             for total in (True, False)]
-kernels += [("layer_norm", {"WIDTH": 2048}), ("layer_norm_grad", {"WIDTH": 2048, "ROWS": fused.ROWS})]
+kernels += [("layer_norm", {"WIDTH": 2048, "ADD": add}) for add in (False, True)]
+kernels += [("layer_norm_grad", {"WIDTH": 2048, "ROWS": fused.ROWS, "ADD": add}) for add in (False, True)]
 kernels += [("geglu", {"BACKWARD": backward, "SPAN": fused.SPAN}) for backward in (False, True)]
 for i, (name, fixed) in enumerate(kernels):
     kernel = getattr(fused, name + "_kernel")
-    kinds = dict.fromkeys("x y grad out dx weight bias".split(), "*bf16") | {"eps": "fp32"} | TABLES
+    kinds = dict.fromkeys("x y grad out dx weight bias more total".split(), "*bf16") | {"eps": "fp32"} | TABLES
     kinds |= dict.fromkeys(fixed, "constexpr")
     names = kernel.arg_names
     compiled = triton.compile(
@@ -223,7 +248,7 @@ def test_kernels_compile_for_sm_90_without_spills(tmp_path):
     subprocess.run([sys.executable, "-c", COMPILE, tmp_path], check=True,
                    env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)})
     files = sorted(tmp_path.glob("*.ptx"))
-    assert len(files) == 13
+    assert len(files) == 15
     for file in files:
         said = subprocess.run([triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", file, "-o", os.devnull],
                               capture_output=True, text=True, check=True).stderr

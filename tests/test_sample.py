@@ -176,6 +176,7 @@ WRONG = {
     "--image photo.png --mask small.png": "--mask has 32x32 pixels and --image 64x64",
     "--mask mask.png": "--mask: needs --image",
     "--image photo.png --strength 0": "--strength 0",
+    "--device cpu --graph": "--graph: is for NVIDIA's GPUs",
     "--image photo.png --strength 2": "--strength 2",
     "--prompts latin.txt": "--prompts latin.txt: is not UTF-8",
     "--prompts nowhere.txt": "--prompts nowhere.txt: cannot be read",

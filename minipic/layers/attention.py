@@ -7,16 +7,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minipic.common import InputError
+from minipic.common import InputError, computes_bf16
 
 
 def choose(q, k):
     """The backend for these shapes: PyTorch's fused kernel, but where the measured exceptions are."""
-    if q.device.type == "cpu":
-        learns, bf16 = torch.is_grad_enabled() and k.requires_grad, q.dtype == torch.bfloat16
-        if bf16 and learns and k.shape[1] <= 256:  # backwards, on few keys, PyTorch's kernel is up to 4 times slower
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and computes_bf16(q.device):
+        learns = torch.is_grad_enabled() and k.requires_grad
+        if learns and k.shape[1] <= 256:  # backwards, on few keys, PyTorch's kernel is up to 4 times slower
             return "math"
-        if bf16 and not learns and not torch.cpu._is_amx_tile_supported():
+        if not learns and not torch.cpu._is_amx_tile_supported():
             return "chunked"  # without AMX PyTorch's kernel computes bf16 at the speed of fp32
     return "chunked" if q.shape[-1] > 256 and q.is_cuda else "sdpa"  # flash kernels stop at 256
 

@@ -11,7 +11,7 @@ from minipic.common import InputError
 
 
 def choose():
-    """The backend of `group_norm`, `layer_norm` and `geglu`: no GPU has measured the Triton kernels yet."""
+    """The backend of the norms and of `geglu`: no GPU has measured the Triton kernels yet."""
     return "plain"
 
 
@@ -44,8 +44,16 @@ def group_norm(x, norm, silu=False, backend=None):
 def layer_norm(x, norm, backend=None):
     """x [...,D] and an nn.LayerNorm -> like x."""
     if fused := kernels(backend):
-        return fused.LayerNorm.apply(x.contiguous(), norm.weight, norm.bias, norm.eps)
+        return fused.LayerNorm.apply(x.contiguous(), None, norm.weight, norm.bias, norm.eps)
     return norm(x)
+
+
+def add_norm(x, more, norm, backend=None):
+    """x and `more` [...,D], and an nn.LayerNorm -> their sum and the norm of it, both like x."""
+    if fused := kernels(backend):
+        return fused.LayerNorm.apply(x.contiguous(), more.contiguous(), norm.weight, norm.bias, norm.eps)
+    x = x + more
+    return x, norm(x)
 
 
 def geglu(x, backend=None):

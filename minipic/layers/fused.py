@@ -151,9 +151,15 @@ def group_norm(x, weight, bias, groups, eps, silu):
 
 
 @triton.jit
-def layer_norm_kernel(x, weight, bias, y, mean, rstd, width, eps, WIDTH: tl.constexpr):
+def layer_norm_kernel(x, more, total, weight, bias, y, mean, rstd, width, eps, ADD: tl.constexpr, WIDTH: tl.constexpr):
+    """ADD: `total` becomes x + more, and y its norm, not that of x."""
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     values = tl.load(x + row * width + d, d < width, 0.0).to(tl.float32)
+    if ADD:
+        values = values + tl.load(more + row * width + d, d < width, 0.0).to(tl.float32)
+        values = values.to(total.dtype.element_ty)
+        tl.store(total + row * width + d, values, d < width)
+        values = values.to(tl.float32)  # as rounded, for that is what the backward pass will see
     center = tl.sum(values, 0) / width
     apart = tl.where(d < width, values - center, 0.0)
     deviation = tl.rsqrt(tl.sum(apart * apart, 0) / width + eps)
@@ -165,9 +171,9 @@ def layer_norm_kernel(x, weight, bias, y, mean, rstd, width, eps, WIDTH: tl.cons
 
 
 @triton.jit
-def layer_norm_grad_kernel(x, grad, weight, mean, rstd, dx, dweight, dbias, rows, width, ROWS: tl.constexpr,
-                           WIDTH: tl.constexpr):
-    """dx of ROWS rows, and what they add to the gradients of weight and bias."""
+def layer_norm_grad_kernel(x, grad, more, weight, mean, rstd, dx, dweight, dbias, rows, width, ADD: tl.constexpr,
+                           ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """dx of ROWS rows, and what they add to the gradients of weight and bias. ADD: dx gets `more` besides."""
     d, gain_grad, offset_grad = tl.arange(0, WIDTH), tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
     gain, first = tl.load(weight + d, d < width, 0.0).to(tl.float32), tl.program_id(0).to(tl.int64) * ROWS
     for row in range(first, tl.minimum(first + ROWS, rows)):
@@ -175,33 +181,37 @@ def layer_norm_grad_kernel(x, grad, weight, mean, rstd, dx, dweight, dbias, rows
         apart = tl.load(x + row * width + d, d < width, 0.0).to(tl.float32) - tl.load(mean + row)
         n = tl.where(d < width, apart * deviation, 0.0)
         dn = dy * gain
-        dn = dn - tl.sum(dn, 0) / width - n * (tl.sum(dn * n, 0) / width)
-        tl.store(dx + row * width + d, (dn * deviation).to(dx.dtype.element_ty), d < width)
+        dn = (dn - tl.sum(dn, 0) / width - n * (tl.sum(dn * n, 0) / width)) * deviation
+        if ADD:
+            dn = dn + tl.load(more + row * width + d, d < width, 0.0).to(tl.float32)
+        tl.store(dx + row * width + d, dn.to(dx.dtype.element_ty), d < width)
         gain_grad, offset_grad = gain_grad + dy * n, offset_grad + dy
     tl.store(dweight + tl.program_id(0) * width + d, gain_grad, d < width)
     tl.store(dbias + tl.program_id(0) * width + d, offset_grad, d < width)
 
 
 class LayerNorm(torch.autograd.Function):
-    """x [...,D] contiguous, weight and bias [D] -> like x."""
+    """x [...,D] contiguous, `more` like x or None, weight and bias [D] -> (x + more, its norm), or the norm of x."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        width, y = x.shape[-1], torch.empty_like(x)
+    def forward(ctx, x, more, weight, bias, eps):
+        width, y, total = x.shape[-1], torch.empty_like(x), x if more is None else torch.empty_like(x)
         moments = x.new_empty(2, x.numel() // width, dtype=torch.float32)
-        layer_norm_kernel[(moments.shape[1],)](x, weight, bias, y, *moments, width, eps,
-                                               WIDTH=triton.next_power_of_2(width))
-        ctx.save_for_backward(x, weight, moments)
-        return y
+        layer_norm_kernel[(moments.shape[1],)](x, more, total, weight, bias, y, *moments, width, eps,
+                                               ADD=more is not None, WIDTH=triton.next_power_of_2(width))
+        ctx.save_for_backward(total, weight, moments)
+        return y if more is None else (total, y)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
         x, weight, moments = ctx.saved_tensors
+        *more, grad = (grad.contiguous() for grad in grads)
         width, rows, dx = x.shape[-1], moments.shape[1], torch.empty_like(x)
         parts = x.new_empty(2, triton.cdiv(rows, ROWS), width, dtype=torch.float32)
-        layer_norm_grad_kernel[(parts.shape[1],)](x, grad.contiguous(), weight, *moments, dx, *parts, rows, width,
-                                                  ROWS=ROWS, WIDTH=triton.next_power_of_2(width))
-        return dx, *parts.sum(1).to(weight.dtype), None
+        layer_norm_grad_kernel[(parts.shape[1],)](
+            x, grad, *(more or [None]), weight, *moments, dx, *parts, rows, width, ADD=bool(more), ROWS=ROWS,
+            WIDTH=triton.next_power_of_2(width))
+        return dx, dx if more else None, *parts.sum(1).to(weight.dtype), None
 
 
 @triton.jit

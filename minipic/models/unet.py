@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minipic.common import InputError, from_json
 from minipic.layers.attention import Attention
-from minipic.layers.blocks import Downsample, ResnetBlock, Upsample, geglu, group_norm, layer_norm
+from minipic.layers.blocks import Downsample, ResnetBlock, Upsample, add_norm, geglu, group_norm, layer_norm
 
 # Keys of unet/config.json that these networks do not vary: the values under which the file means this code.
 FIXED = {
@@ -148,9 +148,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width)
 
     def forward(self, x, context):
-        x = x + self.attn1(layer_norm(x, self.norm1))
-        x = x + self.attn2(layer_norm(x, self.norm2), context)
-        return x + self.ff(layer_norm(x, self.norm3))
+        x, normed = add_norm(x, self.attn1(layer_norm(x, self.norm1)), self.norm2)
+        x, normed = add_norm(x, self.attn2(normed, context), self.norm3)
+        return x + self.ff(normed)
 
 
 class SpatialTransformer(nn.Module):

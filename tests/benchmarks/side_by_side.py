@@ -116,24 +116,6 @@ def with_triton(work):
     return run
 
 
-def graphed(work):
-    """The same work recorded once as a CUDA graph: a step is one launch instead of about 1800."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = work()
-
-    def replay():
-        graph.replay()
-        return out
-    return replay
-
-
 def compiled(other, *parts):
     """diffusers as its guide to speed has it: channels-last, fused projections, torch.compile at its most thorough of
     the network, or of its `parts`."""

@@ -8,8 +8,9 @@ and with its own.
 
 import torch
 from record import record
-from side_by_side import (DEVICE, DTYPES, GPU, Case, agree, compare, compiled, flops, graphed, options, peer_of,
-                          with_triton)
+from side_by_side import DEVICE, DTYPES, GPU, Case, agree, compare, compiled, flops, options, peer_of, with_triton
+
+from minipic.layers.graph import graphed
 
 CASES = "tiny-64-bf16 sdxl-1024-bf16" if GPU else "tiny-64-fp32 sdxl-512-bf16 sdxl-512-fp32"
 
