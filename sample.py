@@ -118,8 +118,8 @@ def pair(text, flag, mark):
 
 def cut(text):
     """'style.safetensors:0.8' -> ('style.safetensors', '0.8'); '' where nothing follows the file."""
-    name, ending, more = text.rpartition(".safetensors")
-    return (name + ending, more.removeprefix(":")) if ending else (text, "")
+    found = re.fullmatch(r"(.*\.safetensors)(?::(.*))?", text, re.IGNORECASE)
+    return (found[1], found[2] or "") if found else (text, "")
 
 
 def add_files(pipeline, config):

@@ -56,6 +56,8 @@ class Pipeline(Adapters):
         scale), see `add_lora`. Raises InputError naming what is wrong.
         """
         dtype, path = dtype or torch.float32, Path(path)
+        if not isinstance(dtype, torch.dtype):
+            raise InputError(f"dtype {dtype!r}: give one of PyTorch's, such as torch.bfloat16")
         source = open_model(path, half=dtype != torch.float32, check_hashes=check_hashes, vae=vae)
         parts = source.parts
         if parts["vae"].config.latent_channels != parts["unet"].config.out_channels:
@@ -232,6 +234,7 @@ class Pipeline(Adapters):
             raise InputError(f"--graph: is for NVIDIA's GPUs, and this draws on {self.device.type}; leave it out")
         if refiner and refiner.looks:
             raise InputError("--refiner: its UNet sees a picture beside the one that it draws; use an ordinary model")
+        size = (size, size) if isinstance(size, int) else size
         if size is None:
             shown = image or edit or (control[0][0] if control else None)
             size = tuple(side // 8 * 8 for side in shown.size) if shown else self.size

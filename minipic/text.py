@@ -93,7 +93,8 @@ class Tokenizer:
         first, names = self.bpe.get_vocab_size(), [word, *(f"{word}_{i}" for i in range(1, count))]
         taken = [self.bpe.token_to_id(token) for name in names for token in (name, name.lower() + WORD_END)]
         if not word.strip() or any(id is not None for id in taken):
-            raise InputError(f"{word!r} already is a token, or none at all; choose another word, such as <my-cat>")
+            raise InputError(f"{word!r} already is a token, or none at all; choose another word, such as <my-cat> (of "
+                             "a file that holds one, FILE:<my-cat>)")
         self.bpe.add_tokens([AddedToken(name, single_word=name[0].isalnum()) for name in names])
         self.words[first] = list(range(first, first + count))
 

@@ -222,6 +222,11 @@ def seed(number, device):
         torch.cuda.manual_seed(number)
 
 
+def first():
+    """Whether this process is the one that prints and writes, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def wait():
     """Until every process is here; the first may draw or encode for hours before."""
     if dist.is_initialized():

@@ -26,7 +26,7 @@ from minipic.common import InputError
 Entry = namedtuple("Entry", "dtype shape start end")  # of one tensor in a header; start and end count from the data
 
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
-HEADER_LIMIT = 8 << 20  # bytes; SDXL's single file, the largest here, has 0.4 MB
+HEADER_LIMIT = 100_000_000  # bytes, the format's own; SDXL's single file, the largest here, has 0.4 MB
 GROUP = 256 << 20  # bytes mapped at a time: what converting to another dtype may hold besides its result
 OFFICIAL = Path(__file__).parent.parent / "weights" / "official.json"
 
@@ -262,6 +262,9 @@ def load_lora(path, models, partial=False):
                 b.flatten(1).shape, a[0].numel()) != ((wanted[0], len(a)), math.prod(wanted[1:])):
             raise InputError(f"{path}: the LoRA of {part}.{module} does not fit its weight {list(wanted)}; "
                              "use a LoRA made for this model")
+        if not a.is_floating_point() or not b.is_floating_point():
+            raise InputError(f"{path}: the LoRA of {part}.{module} is stored in whole numbers, which is not supported; "
+                             "use one in floating point")
         try:
             alpha = float(tensors["alpha"] if "alpha" in tensors else noted_alpha(noted, part, module, len(a)))
         except (ValueError, TypeError, AttributeError, OverflowError, re.error):

@@ -91,6 +91,7 @@ def test_files_come_back_in_both_spellings(tmp_path):
     ({"clip_l": torch.zeros(1, 16), "clip_g": torch.zeros(2, 24)}, "is no textual inversion"),
     ({"clip_l": torch.zeros(1, 1, 16), "clip_g": torch.zeros(1, 1, 24)}, "is no textual inversion"),
     ({"<a>": torch.zeros(1, 16), "<b>": torch.zeros(1, 24)}, "is more than one word's vectors"),
+    ({"clip_l": torch.zeros(1, 16, dtype=torch.int8), "clip_g": torch.zeros(1, 24)}, "is no textual inversion"),
 ])
 def test_what_does_not_fit_is_refused_by_name(tensors, words, tmp_path, capsys):
     save_weights(tensors, tmp_path / "bad.safetensors")
@@ -107,7 +108,7 @@ def test_a_second_file_without_the_word_is_refused(tmp_path):
 
 
 def test_a_word_of_the_vocabulary_is_refused():
-    with pytest.raises(InputError, match="'small' already is a token"):
+    with pytest.raises(InputError, match="'small' already is a token.* FILE:<my-cat>"):
         build().add_word("small", VECTORS)
 
 
@@ -175,8 +176,8 @@ def test_dreambooth_keeps_what_the_model_drew_of_the_class(photos, tmp_path, cap
              "a sks cube", "--sample-every", "0", "--precision", "fp32", "--batch", "2", "--prior-pictures", "2",
              "--prior-weight", "0.5"]
     assert train.main([*flags, "--prior", "a cube", "--steps", "2", "--lora-rank", "2"]) == 0
-    drawn = Pipeline.load(folder()).generate("a cube", seed=10**6)[0]
-    assert open_picture(tmp_path / "run" / "prior" / "a-cube" / "0000.png").tobytes() == drawn.tobytes()
+    drawn, name = Pipeline.load(folder()).generate("a cube", seed=10**6)[0], f"a-cube-{folder().name}-0"
+    assert open_picture(tmp_path / "run" / "prior" / name / "0000.png").tobytes() == drawn.tobytes()
     assert (tmp_path / "run" / "model" / "lora.safetensors").exists()
     row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert row["loss"] == pytest.approx(row["subject"] + 0.5 * row["prior"], rel=1e-5) and row["subject"] != row["prior"]

@@ -266,6 +266,7 @@ def test_a_black_picture_is_an_error():
     (dict(n=0), "--n 0"),
     (dict(size=(60, 64)), "--size 60x64: width and height must be multiples of 8"),
     (dict(size=(0, 64)), "--size 0x64"),
+    (dict(size=60), "--size 60x60"),
     (dict(image=picture(), strength=0.0), "--strength 0"),
     (dict(image=picture(), strength=1.5), "--strength 1.5"),
     (dict(image=picture(), strength=0.01), "no step"),
@@ -276,6 +277,12 @@ def test_what_cannot_be_drawn_is_refused(settings, message):
     with pytest.raises(InputError) as error:
         final(mine(), **settings)
     assert message in str(error.value)
+
+
+def test_one_number_is_a_square_and_a_name_is_no_dtype():
+    assert mine().generate(PROMPT, size=32, steps=1)[0].size == (32, 32)
+    with pytest.raises(InputError, match="dtype 'bf16': give one of PyTorch's, such as torch.bfloat16"):
+        Pipeline.load(tiny.folder(), dtype="bf16")
 
 
 def test_prompts_are_given_one_by_one():

@@ -238,6 +238,7 @@ def test_a_folder_with_one_file_is_as_large_as_the_file(monkeypatch, tmp_path):
 
 def test_a_lora_may_lie_in_any_folder():
     assert sample.cut("a.safetensors/b.safetensors:0.8") == ("a.safetensors/b.safetensors", "0.8")
+    assert sample.cut("B.SafeTensors:0.8") == ("B.SafeTensors", "0.8")
     assert sample.cut("C:\\loras\\b.safetensors") == ("C:\\loras\\b.safetensors", "")
     assert sample.cut("word.safetensors:<a/b>") == ("word.safetensors", "<a/b>") and sample.cut("other") == ("other", "")
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -75,8 +74,7 @@ class Towers(nn.Module):
 def build(config):
     """New towers, and the vocabulary of the captions in `<out>/tokenizer` and `tokenizer_2`."""
     folder = Path(config.out)
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    if first and not (config.resume and (folder / "tokenizer_2" / "merges.txt").exists()):  # written last
+    if training.first() and not (config.resume and (folder / "tokenizer_2" / "merges.txt").exists()):  # written last
         captions = [compose(config.seed, i).caption(random(config.seed, "vocabulary", i)) for i in range(2000)]
         train_tokenizer(captions, folder / "tokenizer", config.vocabulary, END)
         train_tokenizer(captions, folder / "tokenizer_2", config.vocabulary, "!")

@@ -8,7 +8,6 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch.distributed as dist
 from tqdm import tqdm
 
 from minipic import training
@@ -25,7 +24,7 @@ class Recipe(t2i.Recipe):
     """Teach a model a subject from a few pictures (--data), keeping its class as it was."""
 
     prior: str = option("", 'what the subject is one of, e.g. "a dog"; the model draws pictures of it to keep')
-    prior_pictures: int = option(64, "pictures of the class, drawn once into OUT/prior/CLASS")
+    prior_pictures: int = option(64, "pictures of the class, drawn once into OUT/prior")
     prior_weight: float = option(1.0, "how much the class counts")
     steps: int = option(400, "optimizer steps in all")
     batch: int = option(4, "pictures of the subject a step, and as many of the class")
@@ -43,8 +42,9 @@ class Recipe(t2i.Recipe):
 
 def data(pipeline, config):
     """Batches of the subject with as many pictures of its class, whose keys begin with PRIOR."""
-    folder = Path(config.out, "prior", re.sub(r"\W+", "-", config.prior)[:80])  # another class, other pictures
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    drawn = f"{config.prior[:80]}-{Path(config.model).name}-{config.seed}"  # of another class or model, other pictures
+    folder = Path(config.out, "prior", re.sub(r"\W+", "-", drawn))
+    if training.first():
         draw_prior(pipeline, folder, config)
     training.wait()
     kept = replace(config, data=str(folder), caption=config.prior, seed=config.seed + 1)

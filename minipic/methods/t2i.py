@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from minipic import training
 from minipic.cache import Cache
 from minipic.common import InputError, computes_bf16, option, random
 from minipic.data import compose, pairs
@@ -211,7 +212,7 @@ def pictures_of(pipeline, config):
         return [compose(config.seed, i) for i in range(config.scenes)]
     step = pipeline.vae.config.factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
     photos = read_folder(config.data, config.side or pipeline.size[0], max(step, 16), config.bad_images == "skip",
-                         config.caption)
+                         config.caption, print if training.first() else lambda line: None)
     pipeline.prompts = list(dict.fromkeys(photo.text for photo in photos))[:4]
     return photos
 

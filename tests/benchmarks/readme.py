@@ -92,7 +92,7 @@ def world_lines(world):
 
 def speed_table(folder=Path(__file__).parent):
     """Whole networks beside diffusers, a row a program, case and way to run it, from those that were measured."""
-    measured = [json.loads(path.read_text()) for name in ("unet_step", "vae", "train_step")
+    measured = [json.loads(path.read_text()) for name in ("unet_step", "vae", "train_step", "picture")
                 if (path := folder / f"{name}.json").exists()]
     if not measured:
         return
@@ -106,7 +106,10 @@ def speed_table(folder=Path(__file__).parent):
                        f"| {row['share of GEMM rate']:.2f} | {memory} |")
     yield from ["", "Processor time of one thread on a CPU, time on a GPU. " + " ".join(
         f"`{found['command']}`, {found['date']}, {found['gpu'] or found['cpu']}, torch {found['torch']}."
-        for found in measured), ""]
+        for found in measured)]
+    if not any(found["gpu"] for found in measured):
+        yield "On a GPU, these programs and `tests/benchmarks/attention.py`: not yet measured."
+    yield ""
 
 
 def program_lines(path=Path(__file__).with_name("programs.json")):

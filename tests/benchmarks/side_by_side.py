@@ -74,12 +74,12 @@ class Case(NamedTuple):
         return model.to(memory_format=order(DTYPES[self.kind]))
 
 
-def options(doc, cases):
-    """The command line: which cases, and how often. The default is `cases`."""
+def options(doc, cases, rounds=30 if GPU else 5, **more):
+    """The command line: which cases, how often, and whole numbers besides. The default is `cases`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", type=Case.read, default=[Case.read(case) for case in cases.split()])
-    parser.add_argument("--batch", type=int, default=2 if GPU else 1)
-    parser.add_argument("--rounds", type=int, default=30 if GPU else 5)
+    for name, default in ({"rounds": rounds} | (more or {"batch": 2 if GPU else 1})).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     torch.set_num_threads(1)
     return parser.parse_args()
 

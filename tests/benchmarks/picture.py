@@ -1,0 +1,81 @@
+"""A whole picture beside diffusers' pipeline, from encoded text to pixels. Writes picture.json beside.
+
+    python tests/benchmarks/picture.py [tiny-64-fp32 sdxl-1024-bf16 ...] [--steps 30] [--rounds 5]
+
+Euler, guidance 5, one picture. The text encoders, some 1 % of the work, are left out: both are given the same numbers
+for what they say. On a CPU both run as they come. On a GPU diffusers also compiled, minipic also with each step as one
+CUDA graph, with PyTorch's kernels and with its own.
+"""
+
+import json
+from dataclasses import replace
+
+import torch
+from record import record
+from side_by_side import GPU, ROOT, Case, agree, compare, compiled, flops, options, peer_of, unet_inputs, with_triton
+
+from minipic.diffusion.schedule import Schedule
+from minipic.image import to_tensor
+from minipic.layouts import blank
+from minipic.models.clip import OPENCLIP_BIGG, CLIPText
+from minipic.pipeline import Pipeline
+from minipic.text import Conditioning
+
+CASES = "tiny-64-bf16 sdxl-1024-bf16" if GPU else "tiny-64-fp32"
+
+
+def schedule_of(case):
+    folder = ROOT / "weights" / "tiny" / "scheduler" / "scheduler_config.json"
+    return Schedule.from_json(json.loads(folder.read_text())) if case.size == "tiny" else Schedule()
+
+
+def minipic(unet, vae, schedule, texts, settings):
+    """A function graph -> the picture [3,H,W]."""
+    config = unet.config  # a text encoder's width tells base models from refiners, so one without weights is there
+    width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    pipeline = Pipeline(unet, vae, None, blank(CLIPText, replace(OPENCLIP_BIGG, projection_dim=width)), schedule=schedule)
+    pipeline.encode = lambda prompt, negative: texts
+    return lambda graph=False: to_tensor(pipeline.generate("", graph=graph, **settings)[0])
+
+
+def diffusers(unet, vae, schedule, texts, settings):
+    """The same with its pipeline; the UNet's and the VAE's own decoder may be compiled before."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae, unet=unet, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
+        scheduler=EulerDiscreteScheduler.from_config(schedule.to_json()), add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    cond, uncond = texts
+    told = {"prompt_embeds": cond.context, "pooled_prompt_embeds": cond.pooled,
+            "negative_prompt_embeds": uncond.context, "negative_pooled_prompt_embeds": uncond.pooled,
+            "num_inference_steps": settings["steps"], "guidance_scale": settings["guidance"],
+            "width": settings["size"][0], "height": settings["size"][1]}
+    return lambda: to_tensor(pipeline(**told, generator=torch.Generator().manual_seed(settings["seed"])).images[0])
+
+
+def run(case: Case, steps, rounds):
+    unet, vae, schedule = case.network("unet"), case.network("vae"), schedule_of(case)
+    given = unet_inputs(unet, case, 1)
+    texts = [Conditioning(share * given["context"], share * given["pooled"]) for share in (1, 0)]
+    settings = {"steps": steps, "guidance": 5.0, "seed": 0, "size": (case.side, case.side), "sampler": "euler"}
+    draw = minipic(unet, vae, schedule, texts, settings)
+    works = {"diffusers": diffusers(peer_of(unet), peer_of(vae), schedule, texts, settings), "minipic": draw}
+    if GPU:
+        fast, decoder = compiled(peer_of(unet)), peer_of(vae)
+        works["diffusers compiled"] = diffusers(fast, compiled(decoder, decoder.decoder), schedule, texts, settings)
+        works["minipic graph"] = lambda: draw(graph=True)
+        works["minipic triton graph"] = with_triton(works["minipic graph"])
+    agree(works, 2e-2 if case.kind == "fp32" else 0.2)
+    meta = {name: torch.cat([x, x]).to("meta") for name, x in given.items()}
+    count = steps * flops(unet, lambda unet: unet(**meta)) + flops(vae, lambda vae: vae.decode(given["x"].to("meta")))
+    return compare(f"{case}, {steps} steps", works, count, case.kind, rounds)
+
+
+def main():
+    chosen = options(__doc__, CASES, steps=30, rounds=5)
+    results = {f"{case}, {chosen.steps} steps": run(case, chosen.steps, chosen.rounds) for case in chosen.cases}
+    print(record("picture", results, rounds=chosen.rounds))
+
+
+if __name__ == "__main__":
+    main()
