@@ -1,13 +1,28 @@
-"""Settings of the whole suite: tests import minipic from this checkout, and no peer asks the network for a file;
-without a GPU Triton interprets its kernels."""
+"""Settings of the whole suite: tests import minipic from this checkout, and no peer asks the network for a file.
+
+Only the tests of what a GPU is for use one, the modules that know `GPU`; without one Triton interprets the kernels. All
+others expect a CPU's numbers, often to the last bit.
+"""
 
 import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ["HF_HUB_OFFLINE"] = "1"
-if not torch.cuda.is_available():
+GPU = torch.cuda.is_available()
+if GPU:
+    torch.cuda.init()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the processes that tests start
+else:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, whose own functions are decorated then
+torch.cuda.is_available = torch.backends.mps.is_available = lambda: False
+
+
+@pytest.fixture(autouse=True)
+def gpu(request, monkeypatch):
+    if getattr(request.module, "GPU", False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

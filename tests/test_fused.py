@@ -13,6 +13,7 @@ import peers
 import pytest
 import torch
 import torch.nn as nn
+from conftest import GPU
 
 from minipic.common import InputError
 from minipic.layers import attention, blocks
@@ -21,7 +22,7 @@ from minipic.layouts import load_part, open_part
 from minipic.models.unet import UNet, UNetConfig
 from minipic.models.vae import VAE, VAEConfig
 
-ROOT, GPU = Path(__file__).parents[1], torch.cuda.is_available()
+ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 LAYOUTS = {

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from conftest import GPU
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,7 +21,6 @@ from minipic.pipeline import Pipeline
 from peers import fill
 from test_pipeline import mask, picture
 
-GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 
 

@@ -12,8 +12,8 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import GPU
 
-GPU = torch.cuda.is_available()
 triton = pytest.importorskip("triton")
 
 from minipic.layers import kernels  # noqa: E402

@@ -81,6 +81,13 @@ def test_vae_loss_is_its_formula_and_falls():
     assert loss < 0.9 * start
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_captions():
+    """To compose 2000 of them takes seconds."""
+    with mock.patch.object(clip, "CAPTIONS", 100):
+        yield
+
+
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory):
     torch.manual_seed(0)

@@ -28,6 +28,7 @@ from minipic.world.caption import RELATIONS, Thing, parse
 from minipic.world.edits import edited
 from minipic.world.scene import COLORS, FLOORS, PATTERNS, PLACES, SHAPES, SIZES, SKIES, is_held_out
 
+CAPTIONS = 2000  # whose words make the vocabulary
 WIDTH = 128  # of the space where pictures and captions meet
 # What a caption may say of a thing, in the order of Thing's fields, and of up to three things in each of two panels
 LOOKS = {"color": COLORS, "color2": COLORS, "shape": SHAPES, "size": SIZES, "pattern": PATTERNS, "place": PLACES}
@@ -75,7 +76,7 @@ def build(config):
     """New towers, and the vocabulary of the captions in `<out>/tokenizer` and `tokenizer_2`."""
     folder = Path(config.out)
     if training.first() and not (config.resume and (folder / "tokenizer_2" / "merges.txt").exists()):  # written last
-        captions = [compose(config.seed, i).caption(random(config.seed, "vocabulary", i)) for i in range(2000)]
+        captions = [compose(config.seed, i).caption(random(config.seed, "vocabulary", i)) for i in range(CAPTIONS)]
         train_tokenizer(captions, folder / "tokenizer", config.vocabulary, END)
         train_tokenizer(captions, folder / "tokenizer_2", config.vocabulary, "!")
     training.wait()

@@ -106,6 +106,7 @@ def sample(vae, config):
 def export(vae, folder, config):
     """Write the VAE with the scaling factor under which latents have standard deviation 1."""
     x = data(vae, replace(config, maps_share=0.0))(0, range(10**6, 10**6 + 256))["image"]
-    std = vae.encode(x.to(next(vae.parameters()).device))[0].std().item()
+    device = next(vae.parameters()).device
+    std = torch.cat([vae.encode(part.to(device))[0] for part in x.split(16)]).std().item()
     vae.config = replace(vae.config, scaling_factor=round(1 / std, 5))
     save_part(vae, folder / "vae", torch.float16)
