@@ -6,6 +6,7 @@ Juditsky 1992; several processes: PyTorch's own DDP, and FSDP2 (`fully_shard`).
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -159,6 +160,8 @@ def start_processes(config):
     many = "RANK" in os.environ
     world, local = int(os.environ["WORLD_SIZE"]) if many else 1, int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if config.fsdp and "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise InputError(f"--fsdp needs PyTorch 2.7 or newer, and this is {torch.__version__}; leave the flag out")
     if config.fsdp and not many:
         raise InputError("--fsdp needs processes: start with torchrun --standalone --nproc_per_node=N train.py ...")
     if config.batch % (config.accumulate * world):

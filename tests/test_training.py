@@ -283,7 +283,7 @@ def test_convolutions_train_channels_last_in_bf16_unless_they_are_sharded(monkey
     (["dreambooth", "--data", "x", "--prior", "y", "--prior-pictures", "0"], "--prior-pictures must be at least 1"),
     (["inversion", "--data", "x", "--vectors", "0"], "--vectors must be at least 1"),
     (["toy", "--batch", "0"], "--batch must be at least 1"), (["toy", "--accumulate", "3"], "--accumulate 3"),
-    (["toy", "--fsdp"], "torchrun"), (["toy", "--checkpointing"], "recompute"), (["toy", "--clip", "nan"], "--clip"),
+    (["toy", "--fsdp"], "--fsdp needs"), (["toy", "--checkpointing"], "recompute"), (["toy", "--clip", "nan"], "--clip"),
 ], ids=str)
 def test_mistakes_get_one_sentence_and_exit_2(tmp_path, capsys, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
@@ -291,6 +291,12 @@ def test_mistakes_get_one_sentence_and_exit_2(tmp_path, capsys, monkeypatch, fla
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+def test_sharding_needs_a_pytorch_that_can_leave_parameters_out(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "fully_shard", lambda module, *, mesh=None: module)
+    assert toy("--out", tmp_path, "--fsdp") == 2
+    assert f"--fsdp needs PyTorch 2.7 or newer, and this is {torch.__version__}" in capsys.readouterr().err
 
 
 def test_processes_are_those_that_torchrun_started(tmp_path, capsys, monkeypatch):
