@@ -54,7 +54,7 @@ def main(argv=None):
         print(f"train.py: {error}; make room or choose another path, and go on with --resume latest", file=sys.stderr)
         return 2
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and dist.get_backend() == "nccl":  # taking Gloo's down can hang in PyTorch 2.6
             dist.destroy_process_group()
     return 0
 
