@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+# Networks this small gain nothing from threads, which wait for each other many times as long on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch  # noqa: E402 - reads it
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ["HF_HUB_OFFLINE"] = "1"
