@@ -14,7 +14,9 @@ from conftest import GPU
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import sample
 from minipic.common import InputError
+from minipic.image import open_picture, to_tensor
 from minipic.layers.graph import graphed
 from minipic.models.controlnet import ControlNet
 from minipic.pipeline import Pipeline
@@ -83,6 +85,16 @@ def test_answers_and_what_is_given_outlive_the_next_call(graphs):
     answers = [run(x, y) for x, y in zip(given, given[1:])]
     assert [answer.tolist() for answer in answers] == [3 * [float(i * (i + 1) + 1)] for i in range(4)]
     assert [x.tolist() for x in given] == [3 * [float(i)] for i in range(5)]
+
+
+def test_the_flag_draws_with_one(graphs, tmp_path):
+    flags = ["a red cube", "--model", str(tiny.folder()), "--steps", "4", "--n", "1", "--device", DEVICE, "--dtype", "fp32"]
+    for name in ("plain", "graph"):
+        more = ["--graph"] if name == "graph" else []
+        assert sample.main([*flags, "--out", str(tmp_path / f"{name}.png"), *more]) == 0
+        assert GPU or sum(graph.replays for graph in graphs) == 3 * len(more)
+    levels = [to_tensor(open_picture(tmp_path / f"{name}.png")) for name in ("plain", "graph")]
+    assert (levels[0] - levels[1]).abs().max() <= 2 / 255
 
 
 def test_a_graph_needs_a_gpu():
