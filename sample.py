@@ -73,10 +73,10 @@ class Settings:
     def __post_init__(self):
         for key, value in vars(self).items():
             if key not in ("prompt", "negative") and (value == "" or isinstance(value, tuple) and "" in value):
-                raise InputError(f"--{key.rstrip('_').replace('_', '-')}: is empty; name what it should be or leave it out")
+                raise InputError(f"--{key.rstrip('_').replace('_', '-')}: is empty; name a value or leave it out")
 
 
-FORGET = ("prompts", "out", "film", "device", "graph", "from_", "verify", "selftest")  # a picture keeps the other settings
+FORGET = ("prompts", "out", "film", "device", "graph", "from_", "verify", "selftest")  # a picture keeps the rest
 
 
 def main(argv=None):

@@ -48,7 +48,7 @@ def state_of(run):
 
 
 def check(folder, config):
-    """InputError naming a setting that decides what is trained and differs from a checkpoint's own, or too few steps."""
+    """InputError naming a setting that decides what is trained and is not the checkpoint's own, or too few steps."""
     saved = json.loads((folder / "config.json").read_text())
     for key, value in json.loads(json.dumps(config)).items():
         if key not in FREE and saved.get(key) != value:

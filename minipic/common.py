@@ -27,7 +27,8 @@ def from_json(cls, values, fixed, where):
         if allowed is not ... and value not in allowed:
             raise InputError(f"{where}: {key}={value!r} is not supported (supported: {', '.join(map(repr, allowed))})")
         if key in known and not _fits(value, known[key]):
-            raise InputError(f"{where}: {key}={value!r} is of the wrong type; fetch the file again or use another model")
+            raise InputError(f"{where}: {key}={value!r} is of the wrong type; fetch the file again or use "
+                             "another model")
         if key in known:
             found[key] = value
         elif key not in fixed and not key.startswith("_"):
@@ -36,7 +37,7 @@ def from_json(cls, values, fixed, where):
 
 
 def _fits(value, kind):
-    """Whether a value from JSON, its lists made tuples, is of a field's type: int, tuple[int, ...], float | None, ..."""
+    """Whether a value from JSON, lists made tuples, is of a field's type: int, tuple[int, ...], float | None, ..."""
     inner = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(_fits(x, inner[0]) for x in value)

@@ -62,7 +62,8 @@ def load_embedding(path):
             raise InputError(f"{path}: {more[0]!r} is more than one word's vectors; expected clip_l and clip_g, or one "
                              "word")
     found = {part: x[None] if x.ndim == 1 and len(x) else x for part, x in found.items()}  # diffusers until 2023
-    if any(x.ndim != 2 or not x.is_floating_point() for x in found.values()) or len({len(tensor) for tensor in found.values()}) != 1:
+    wrong = any(x.ndim != 2 or not x.is_floating_point() for x in found.values())
+    if wrong or len({len(x) for x in found.values()}) != 1:
         raise InputError(f"{path}: is no textual inversion: expected vectors [n, width], as many for each encoder")
     return found, word
 

@@ -26,7 +26,7 @@ WIDEST = 2.0  # the largest ratio of a bucket's sides
 
 @dataclass(frozen=True)
 class Photo:
-    """One picture of a folder, with all that a data.Picture can: `size` (H, W) of its bucket, `original` (H, W) as filed."""
+    """One picture of a folder, with all that a data.Picture can: `size` (H, W) the bucket's, `original` the file's."""
 
     path: Path
     text: str

@@ -52,8 +52,8 @@ def swap_start(name, table):
 
 
 def unet(name, tensor):
-    """A UNet, in sgm's names without `model.diffusion_model.` (input_blocks.4.1.norm -> down_blocks.1.attentions.0.norm)
-    or in diffusers', which stay."""
+    """A UNet, in sgm's names without `model.diffusion_model.` (input_blocks.4.1.norm ->
+    down_blocks.1.attentions.0.norm) or in diffusers', which stay."""
     return [(unet_name(name), tensor)]
 
 

@@ -112,8 +112,8 @@ def open_file(path):
     """A single-file checkpoint: SDXL base, Turbo, refiner or SD 1.5."""
     what = look(path)[1]
     if what not in SINGLE_FILES:
-        raise InputError(f"{path} is {'a VAE alone (give it with --vae)' if what == 'vae' else what}; expected a single-"
-                         "file SDXL base, Turbo, refiner or SD 1.5 model, or a diffusers folder")
+        raise InputError(f"{path} is {'a VAE alone (give it with --vae)' if what == 'vae' else what}; expected a "
+                         "single-file SDXL base, Turbo, refiner or SD 1.5 model, or a diffusers folder")
     return from_single_file(path, *SINGLE_FILES[what])
 
 
@@ -163,8 +163,8 @@ def open_folder(path, half=False):
         raise InputError(f"{path / 'model_index.json'} lists no {missing[0]!r}; fetch the folder again")
     unet, latent = parts["unet"].config, parts["vae"].config.latent_channels
     if unet.in_channels not in (latent, 2 * latent, 2 * latent + 1) or unet.out_channels != latent:
-        raise InputError(f"{path / 'unet'} takes {unet.in_channels} channels and makes {unet.out_channels}; with a VAE of "
-                         f"{latent}, it can take {latent}, {2 * latent} (edits) or {2 * latent + 1} (inpainting)")
+        raise InputError(f"{path / 'unet'} takes {unet.in_channels} channels and makes {unet.out_channels}; with a VAE "
+                         f"of {latent}, it can take {latent}, {2 * latent} (edits) or {2 * latent + 1} (inpainting)")
     heard = sum(parts[name].config.hidden_size for name in ("text_encoder", "text_encoder_2") if name in parts)
     if heard != unet.cross_attention_dim:
         raise InputError(f"{path}: its text encoders make {heard} numbers a token, its UNet takes "

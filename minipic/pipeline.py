@@ -94,8 +94,8 @@ class Pipeline(Adapters):
     def save(self, folder, dtype=None):
         """Write a diffusers folder that `load` and diffusers read. `dtype`: the weights' on disk; None: as they are."""
         if any(lora.layers(self)) or self.loras or self.words:
-            raise InputError(f"{folder}: this model has LoRAs or added words, which its files cannot hold; save those by "
-                             "themselves")
+            raise InputError(f"{folder}: this model has LoRAs or added words, which its files cannot hold; save those "
+                             "by themselves")
         self.fetch(*PARTS)
         parts = {name: getattr(self, name) for name in PARTS if getattr(self, name) is not None}
         for name in parts.keys() & TOKENIZERS.keys():

@@ -153,7 +153,7 @@ WRONG = {
     "--size 64": "--size 64: expected two whole numbers such as 64x64",
     "--size 0x0": "--size 0x0",
     "--size 99999999999999999999x8": "--size 99999999999999999999x8: expected two whole numbers",
-    "--vae=": "--vae: is empty; name what it should be or leave it out",
+    "--vae=": "--vae: is empty; name a value or leave it out",
     "--controlnet=": "--controlnet: is empty",
     "--from=": "--from: is empty",
     "--lora nothing.safetensors": "nothing.safetensors: cannot read it (No such file or directory)",

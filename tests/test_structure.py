@@ -23,7 +23,7 @@ FLOORS = [  # a room imports only from floors below its own, and from itself
 ]
 TRITON = ["minipic/layers/kernels.py", "minipic/layers/fused.py"]
 PACKAGES = {"torch", "numpy", "PIL", "safetensors", "tokenizers", "tqdm", "minipic"}
-FILE_LINES, FUNCTION_LINES, PACKAGE_LINES = 350, 60, 7982
+WIDTH, FILE_LINES, FUNCTION_LINES, PACKAGE_LINES = 120, 350, 60, 7984
 
 PACKAGE = readme.package()
 SOURCES = PACKAGE + sorted(f.relative_to(ROOT).as_posix() for folder in ("weights", "tutorials")
@@ -100,6 +100,9 @@ def banned(path, nodes):
 def too_long(path, nodes):
     if readme.count(path) > FILE_LINES:
         yield f"{path}: {readme.count(path)} lines"
+    for number, line in enumerate((ROOT / path).read_text(encoding="utf-8").splitlines(), 1):
+        if len(line) > WIDTH:
+            yield f"{path}:{number} has {len(line)} characters"
     for node in ast.walk(nodes):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             if node.end_lineno - node.lineno + 1 > FUNCTION_LINES:

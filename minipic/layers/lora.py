@@ -48,8 +48,8 @@ def inject(model, rank, alpha=None, match=ATTENTION, name="default"):
     fp32 whatever the model is in.
 
     A is random as a Linear's start, B zero: the output stays what it was, bit for bit. alpha: `rank` if None. All else
-    in the model is frozen. `name` is what `set_scale` calls it. Raises ValueError if nothing matches, for a rank below 1
-    and for a name that is taken.
+    in the model is frozen. `name` is what `set_scale` calls it. Raises ValueError if nothing matches, for a rank below
+    1 and for a name that is taken.
     """
     if rank < 1:
         raise ValueError(f"a LoRA's rank must be at least 1, not {rank}")

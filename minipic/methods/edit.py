@@ -22,7 +22,7 @@ class Recipe(t2i.Pairs):
     lr: float = option(5e-4, "peak learning rate")
     scenes: int = option(8000, "different pairs, kept in memory")
     input_lr: float = option(10.0, "learning rate of conv_in, where the picture's channels begin at zero, over that of "
-                             "the rest: 1 in the paper, whose unscaled latents are 5 times as large as the tiny model's")
+                             "the rest: 1 in the paper, whose unscaled latents are 5 times those of the tiny model")
     drop: float = option(0.1, "share of instructions left out, half with the picture; as often the picture alone is")
 
     LEAST = t2i.Pairs.LEAST | {"input_lr": 0}

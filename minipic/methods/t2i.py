@@ -77,7 +77,7 @@ class Photos(Denoising):
             raise InputError(f"--cache {self.cache}: must be a folder, for what is encoded of --data; give both")
         for flag, folder in (("--out", self.out), ("--save", self.save)):
             if self.data and folder and Path(folder).resolve().is_relative_to(Path(self.data).resolve()):
-                raise InputError(f"{flag} {folder}: lies in --data, so its pictures would be trained on; choose another")
+                raise InputError(f"{flag} {folder}: lies in --data, its pictures would be trained on; choose another")
 
 
 @dataclass

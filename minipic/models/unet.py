@@ -65,7 +65,7 @@ class EncoderConfig:
                     raise InputError(f"{where}: block type {name!r} is not supported")
         for key in ("down_block_types", "up_block_types", "attention_head_dim", "transformer_layers_per_block"):
             if len(config.per_level(getattr(config, key, 0))) != len(config.block_out_channels):
-                raise InputError(f"{where}: {key} must have {len(config.block_out_channels)} values, one for each level")
+                raise InputError(f"{where}: {key} must have {len(config.block_out_channels)} values, one a level")
         return config
 
     def per_level(self, value):
