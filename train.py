@@ -139,7 +139,7 @@ def build(recipe, config, device):
     batch_of = recipe.data(model, config)
     loss = training.distribute(training.Loss(model, recipe.loss, config), config)
     params = {name: p for name, p in model.named_parameters() if name in names}  # sharding has replaced them
-    optimizer = training.adamw(params, config, recipe.rates(config) if hasattr(recipe, "rates") else {})
+    optimizer = training.optimizer_of(params, config, recipe.rates(config) if hasattr(recipe, "rates") else {})
     return training.Run(model, loss, params, optimizer, training.EMA(params, config.ema)), batch_of
 
 

@@ -62,10 +62,11 @@ def check(folder, config):
 def load(folder, run):
     """Fill a run from a checkpoint; returns the steps done."""
     files = {file: load_file(folder / f"{file}.safetensors") for file in ("model", "ema", "optimizer")}
-    for name, p in run.params.items():  # AdamW makes its state at the first step; fused, all of it beside the weights
-        if f"{name}.step" in files["optimizer"]:
-            run.optimizer.state[p] = {"step": torch.zeros((), device=p.device),
-                                      "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    blank = {"step": lambda p: torch.zeros((), device=p.device), "exp_avg": torch.zeros_like,
+             "exp_avg_sq": torch.zeros_like}  # AdamW makes its state at the first step; fused, all of it beside the weights
+    for name, p in run.params.items():
+        if state := {key: make(p) for key, make in blank.items() if f"{name}.{key}" in files["optimizer"]}:
+            run.optimizer.state[p] = state
     for file, targets in tensors_of(run).items():
         values = files[file]
         wrong = sorted(targets.keys() ^ values.keys()) or [n for n in targets if targets[n].shape != values[n].shape]

@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 import os
+import re
 import signal
 import time
 from datetime import timedelta
@@ -23,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from minipic.checkpoint import whole
-from minipic.common import InputError, option
+from minipic.common import InputError, computes_bf16, option
 from minipic.weights import replacing
 
 
@@ -36,7 +37,9 @@ class Recipe:
     lr: float = option(1e-3, "peak learning rate")
     warmup: int = option(100, "steps over which the learning rate rises linearly to its peak")
     schedule: str = option("cosine", "learning rate after the warm-up", ("constant", "cosine", "linear"))
-    weight_decay: float = option(0.01, "AdamW's decay of matrices and kernels (never of biases and norms)")
+    optimizer: str = option("adamw", "adamw, or muon for what lies between a network's first and last layer",
+                            ("adamw", "muon"))
+    weight_decay: float = option(0.01, "decay of matrices and kernels (never of biases and norms)")
     clip: float = option(1.0, "largest gradient norm; 0 leaves gradients as they are")
     ema: float = option(0.999, "decay of the weight average that is drawn from and exported; 0 turns it off")
     precision: str = option(None, "arithmetic of the forward pass, fp32 or bf16; bf16 if left out, where the device "
@@ -61,6 +64,8 @@ class Recipe:
                 raise InputError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(self, name)}")
         if self.ema >= 1:
             raise InputError(f"--ema must be below 1, not {self.ema}; try 0.999")
+        if self.optimizer == "muon" and self.fsdp:
+            raise InputError("--optimizer muon: needs whole matrices, which --fsdp takes apart; leave one of them out")
 
 
 # Optimization -----------------------------------------------------------------------------------------------------
@@ -74,14 +79,43 @@ def learning_rate(config, step):
     return config.lr * fall[config.schedule]
 
 
-def adamw(params, config, rates):
-    """AdamW over {name: parameter}; biases, norms and scales (one dimension or none) do not decay. `rates`: {name: its
-    learning rate over that of the rest}, which the loop reads from its group's "times"."""
-    groups = {}
+class Muon(torch.optim.AdamW):
+    """AdamW, but matrices and kernels in groups marked `muon` step along the orthogonal matrix nearest to their momentum
+    (K. Jordan 2024), scaled so that AdamW's learning rate and decay suit them too (arXiv 2502.16982 equation 4)."""
+
+    @torch.no_grad()
+    def step(self):
+        every = self.param_groups
+        for group in every:
+            for p in (p for p in group["params"] if group["muon"] and p.grad is not None):
+                momentum = self.state[p]["exp_avg"] = self.state[p].get("exp_avg", 0 * p.grad).lerp(p.grad, 0.05)
+                turn = orthogonal(p.grad.lerp(momentum, 0.95).flatten(1))  # Nesterov's
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(turn.view_as(p), alpha=-group["lr"] * 0.2 * max(turn.shape) ** 0.5)
+        self.param_groups = [group for group in every if not group["muon"]]
+        super().step()
+        self.param_groups = every
+
+
+def orthogonal(matrix):
+    """A matrix with the singular vectors of [n,m] and singular values of about 1, by five steps of Newton and Schulz."""
+    tall, x = len(matrix) > matrix.shape[1], matrix.bfloat16() if computes_bf16(matrix.device) else matrix
+    x = (x.mT if tall else x) / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return (x.mT if tall else x).to(matrix)
+
+
+def optimizer_of(params, config, rates):
+    """AdamW or Muon over {name: parameter}; biases, norms and scales (one dimension or none) do not decay. `rates`:
+    {name: its learning rate over that of the rest}, which the loop reads from its group's "times"."""
+    groups, kind = {}, Muon if config.optimizer == "muon" else torch.optim.AdamW
     for name, p in params.items():
-        groups.setdefault((p.ndim > 1, rates.get(name, 1.0)), []).append(p)
-    return torch.optim.AdamW([{"params": ps, "weight_decay": config.weight_decay * matrices, "times": times}
-                              for (matrices, times), ps in groups.items()], lr=config.lr, fused=True)
+        muon = kind is Muon and p.ndim > 1 and not re.search("conv_in|conv_out|embedding", name)
+        groups.setdefault((p.ndim > 1, rates.get(name, 1.0), muon), []).append(p)
+    return kind([{"params": ps, "weight_decay": config.weight_decay * matrices, "times": times, "muon": muon}
+                 for (matrices, times, muon), ps in groups.items()], lr=config.lr, fused=True)
 
 
 class EMA:

@@ -332,7 +332,7 @@ def test_ten_steps_of_training_are_those_of_diffusers_and_peft(tmp_path):
         p.requires_grad_()
     ours = {name: p for name, p in unet.named_parameters() if p.requires_grad}
     assert {id(p) for p in ours.values()} == {id(p) for p in params} and ours.keys() == theirs.keys()
-    optimizers = training.adamw(ours, config, {}), torch.optim.AdamW(theirs.values(), lr=config.lr)
+    optimizers = training.optimizer_of(ours, config, {}), torch.optim.AdamW(theirs.values(), lr=config.lr)
     schedule, ddpm = Schedule(), diffusers.DDPMScheduler.from_config(Schedule().to_json())
     for step in range(10):
         x0, noise = (peers.numbers((2, 4, 10, 14), 10 * step + i) for i in (1, 2))

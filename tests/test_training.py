@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peers
 import pytest
 import torch
 import toy_recipe
@@ -55,12 +56,47 @@ def test_average_is_the_weighted_sum_of_the_past_and_is_fp32():
 
 def test_only_matrices_decay():
     params = {"matrix": torch.nn.Parameter(torch.ones(2, 2)), "bias": torch.nn.Parameter(torch.ones(2))}
-    optimizer = training.adamw(params, toy_recipe.Recipe(lr=0.1, weight_decay=0.5), {})
+    optimizer = training.optimizer_of(params, toy_recipe.Recipe(lr=0.1, weight_decay=0.5), {})
     for p in params.values():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     assert params["matrix"].flatten().tolist() == pytest.approx([0.95] * 4)
     assert params["bias"].tolist() == [1.0, 1.0]
+
+
+def test_muon_is_pytorchs(monkeypatch):
+    """Which computes in bf16 everywhere. What begins or ends a network, and what is no matrix, is AdamW's."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("PyTorch has it from 2.9 on")
+    monkeypatch.setattr(training, "computes_bf16", lambda device: True)
+    shapes = {"wide": (12, 40), "tall": (40, 12), "kernel": (8, 4, 3, 3), "conv_in.weight": (8, 4), "bias": (7,)}
+    ours, theirs = ({name: torch.nn.Parameter(peers.numbers(shape, 1).float()) for name, shape in shapes.items()}
+                    for _ in range(2))
+    optimizer = training.optimizer_of(ours, toy_recipe.Recipe(lr=0.02, weight_decay=0.1, optimizer="muon"), {})
+    flat = {name: torch.nn.Parameter(p.detach().flatten(1)) for name, p in list(theirs.items())[:3]}
+    peer = [torch.optim.Muon(flat.values(), lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW([theirs["conv_in.weight"]], lr=0.02, weight_decay=0.1),
+            torch.optim.AdamW([theirs["bias"]], lr=0.02, weight_decay=0)]
+    for step in range(5):
+        for name, p in ours.items():
+            p.grad = peers.numbers(p.shape, 10 + step).float()
+            other = flat.get(name, theirs[name])
+            other.grad = p.grad.view_as(other).clone()
+        for one in (optimizer, *peer):
+            one.step()
+    for name, p in ours.items():
+        assert peers.distance(p.view_as(flat.get(name, p)), flat.get(name, theirs[name])) < 2e-3, name
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (5, 30), (30, 5)])
+def test_muon_steps_along_an_orthogonal_matrix(shape, monkeypatch):
+    """The same singular vectors, and values that five steps bring near 1."""
+    monkeypatch.setattr(training, "computes_bf16", lambda device: False)
+    matrix = peers.numbers(shape, 3)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    found = left.mT @ training.orthogonal(matrix) @ right.mT
+    assert (found - found.diag().diag()).abs().max() < 1e-9
+    assert 0.6 < found.diag().min() and found.diag().max() < 1.3
 
 
 @pytest.mark.parametrize("world, accumulate", [(1, 1), (2, 1), (1, 4), (2, 3)])
@@ -134,9 +170,9 @@ def test_training_learns_averages_draws_and_exports(tmp_path, capsys):
     assert re.search(r"^lr +0.02$", capsys.readouterr().out, re.M)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_resumed_at_every_step_is_bitwise_the_uninterrupted_run(tmp_path, accumulate):
-    flags = ["--accumulate", accumulate, "--dropout", 0.3]
+@pytest.mark.parametrize("accumulate, optimizer", [(1, "adamw"), (2, "adamw"), (1, "muon")])
+def test_resumed_at_every_step_is_bitwise_the_uninterrupted_run(tmp_path, accumulate, optimizer):
+    flags = ["--accumulate", accumulate, "--dropout", 0.3, "--optimizer", optimizer]
     assert toy("--out", tmp_path / "whole", "--save-every", 1, "--keep", 100, *flags) == 0
     for cut in range(1, 24):
         out = tmp_path / f"cut{cut}"
@@ -283,7 +319,8 @@ def test_convolutions_train_channels_last_in_bf16_unless_they_are_sharded(monkey
     (["dreambooth", "--data", "x", "--prior", "y", "--prior-pictures", "0"], "--prior-pictures must be at least 1"),
     (["inversion", "--data", "x", "--vectors", "0"], "--vectors must be at least 1"),
     (["toy", "--batch", "0"], "--batch must be at least 1"), (["toy", "--accumulate", "3"], "--accumulate 3"),
-    (["toy", "--fsdp"], "--fsdp needs"), (["toy", "--checkpointing"], "recompute"), (["toy", "--clip", "nan"], "--clip"),
+    (["toy", "--fsdp"], "--fsdp needs"), (["toy", "--checkpointing"], "recompute"),
+    (["toy", "--fsdp", "--optimizer", "muon"], "--optimizer muon: needs whole matrices"), (["toy", "--clip", "nan"], "--clip"),
 ], ids=str)
 def test_mistakes_get_one_sentence_and_exit_2(tmp_path, capsys, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
