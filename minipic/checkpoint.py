@@ -62,8 +62,8 @@ def check(folder, config):
 def load(folder, run):
     """Fill a run from a checkpoint; returns the steps done."""
     files = {file: load_file(folder / f"{file}.safetensors") for file in ("model", "ema", "optimizer")}
-    blank = {"step": lambda p: torch.zeros((), device=p.device), "exp_avg": torch.zeros_like,
-             "exp_avg_sq": torch.zeros_like}  # AdamW makes its state at the first step; fused, all of it beside the weights
+    blank = {"step": lambda p: torch.zeros((), device=p.device),  # fused AdamW wants it beside the weights
+             "exp_avg": torch.zeros_like, "exp_avg_sq": torch.zeros_like}  # made at the first step
     for name, p in run.params.items():
         if state := {key: make(p) for key, make in blank.items() if f"{name}.{key}" in files["optimizer"]}:
             run.optimizer.state[p] = state

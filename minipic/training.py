@@ -80,8 +80,8 @@ def learning_rate(config, step):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but matrices and kernels in groups marked `muon` step along the orthogonal matrix nearest to their momentum
-    (K. Jordan 2024), scaled so that AdamW's learning rate and decay suit them too (arXiv 2502.16982 equation 4)."""
+    """AdamW, but matrices and kernels in groups marked `muon` step along the orthogonal matrix nearest to their
+    momentum (K. Jordan 2024), scaled so that AdamW's learning rate and decay suit them (arXiv 2502.16982 section 2)."""
 
     @torch.no_grad()
     def step(self):
@@ -98,7 +98,7 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrix):
-    """A matrix with the singular vectors of [n,m] and singular values of about 1, by five steps of Newton and Schulz."""
+    """A matrix [n,m] with the singular vectors of this one and singular values of about 1, by Newton and Schulz."""
     tall, x = len(matrix) > matrix.shape[1], matrix.bfloat16() if computes_bf16(matrix.device) else matrix
     x = (x.mT if tall else x) / (x.norm() + 1e-7)
     for _ in range(5):

@@ -49,7 +49,7 @@ def results(text):
     quality, loading, world = (json.loads(Path(__file__).with_name(f"{name}.json").read_text())
                                for name in ("quality", "loading", "world"))
     lines = [*quality_table(quality), *loading_table(loading), *world_lines(world), *speed_table(), *program_lines(),
-             *baseline_tables()]
+             *optimizer_lines(), *baseline_tables()]
     return RESULTS.join([before, "\n".join(lines), after])
 
 
@@ -120,6 +120,18 @@ def program_lines(path=Path(__file__).with_name("programs.json")):
             f"a {what} takes {row['now']:.2f} s instead of {row['before']:.2f} s ({row['before'] / row['now']:.2f} times as "
             "fast)" for what, row in found["results"].items()) + f". Processor time of one thread, against commit "
             f"{found['before']}; `{found['command']}`, {found['date']}, {found['cpu']}, torch {found['torch']}.", ""]
+
+
+def optimizer_lines(path=Path(__file__).with_name("optimizers.json")):
+    """What another optimizer changes, on the same batches."""
+    if path.exists():
+        found = json.loads(path.read_text())
+        adamw, muon = (found["results"][name] for name in ("adamw", "muon"))
+        losses = ", ".join(f"{one:.3f} ({other:.3f})" for one, other in zip(muon["loss by quarter"], adamw["loss by quarter"]))
+        yield from [f"`train.py t2i --from-nothing --optimizer muon` has a mean loss of {losses} in the four quarters of a "
+                    f"short run (in brackets AdamW's, on the same batches) at {muon['samples a second']:.1f} "
+                    f"({adamw['samples a second']:.1f}) samples a second of one core; `{found['command']}`, "
+                    f"{found['date']}, {found['cpu']}, torch {found['torch']}.", ""]
 
 
 def baseline_tables(path=Path(__file__).with_name("baselines.json")):
