@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from record import record
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,7 @@ def main():
     for name, default in {"steps": 400, "batch": 32, "scenes": 2000}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     chosen = parser.parse_args()
+    torch.set_num_threads(1)  # as the runs have, for the record
     flags = [text for name, value in vars(chosen).items() for text in (f"--{name}", str(value))]
     with tempfile.TemporaryDirectory() as folder:
         runs = {name: subprocess.Popen(
