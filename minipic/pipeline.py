@@ -161,8 +161,7 @@ class Pipeline(Adapters):
         drawn as if cut out of one of that size. refiner: a Pipeline that takes the last 1 - handover of the schedule.
         control: for each ControlNet, in the order of `add_control`, a PIL picture of edges, depth or the like to follow
         and how closely, 1 as trained, 0 not at all: [(picture, scale), ...]. edit: a PIL picture that the prompt says
-        how to change, for a model trained to; image_guidance: how much to stay with it, 1 or less is off. graph: replay
-        each step as a CUDA graph.
+        how to change, for a model trained to; image_guidance: how much to keep of it, 1 is off. graph: as a CUDA graph.
         """
         image, edit = (picture and flatten(picture) for picture in (image, edit))
         control = [(flatten(picture), scale) for picture, scale in control]
@@ -234,7 +233,7 @@ class Pipeline(Adapters):
             raise InputError(f"--graph: is for NVIDIA's GPUs, and this draws on {self.device.type}; leave it out")
         if refiner and refiner.looks:
             raise InputError("--refiner: its UNet sees a picture beside the one that it draws; use an ordinary model")
-        size = (size, size) if isinstance(size, int) else size
+        size = (size, size) if isinstance(size, int) else size  # a square
         if size is None:
             shown = image or edit or (control[0][0] if control else None)
             size = tuple(side // 8 * 8 for side in shown.size) if shown else self.size

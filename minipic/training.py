@@ -37,8 +37,7 @@ class Recipe:
     lr: float = option(1e-3, "peak learning rate")
     warmup: int = option(100, "steps over which the learning rate rises linearly to its peak")
     schedule: str = option("cosine", "learning rate after the warm-up", ("constant", "cosine", "linear"))
-    optimizer: str = option("adamw", "adamw, or muon for what lies between a network's first and last layer",
-                            ("adamw", "muon"))
+    optimizer: str = option("adamw", "adamw, or muon between a network's first and last layers", ("adamw", "muon"))
     weight_decay: float = option(0.01, "decay of matrices and kernels (never of biases and norms)")
     clip: float = option(1.0, "largest gradient norm; 0 leaves gradients as they are")
     ema: float = option(0.999, "decay of the weight average that is drawn from and exported; 0 turns it off")
@@ -88,7 +87,7 @@ class Muon(torch.optim.AdamW):
         every = self.param_groups
         for group in every:
             for p in (p for p in group["params"] if group["muon"] and p.grad is not None):
-                momentum = self.state[p]["exp_avg"] = self.state[p].get("exp_avg", 0 * p.grad).lerp(p.grad, 0.05)
+                momentum = self.state[p].setdefault("exp_avg", torch.zeros_like(p)).lerp_(p.grad, 0.05)
                 turn = orthogonal(p.grad.lerp(momentum, 0.95).flatten(1))  # Nesterov's
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(turn.view_as(p), alpha=-group["lr"] * 0.2 * max(turn.shape) ** 0.5)

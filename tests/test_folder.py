@@ -12,6 +12,7 @@ from PIL import Image
 
 import sample
 import train
+from minipic import training
 from minipic.common import InputError
 from minipic.folder import Photo, buckets, fit, read_folder
 from minipic.image import open_picture, to_tensor
@@ -128,6 +129,14 @@ def test_a_folder_without_pictures_is_refused(tmp_path):
     for name, words in (("nowhere", "no such folder"), (".", "no usable picture")):
         with pytest.raises(InputError, match=words):
             read_folder(tmp_path / name, 64, 16, say=str)
+
+
+def test_of_several_processes_one_reports(folder, capsys, monkeypatch):
+    config = t2i.Recipe(data=str(folder))
+    for first in (True, False):
+        monkeypatch.setattr(training, "first", lambda: first)
+        assert len(t2i.pictures_of(tiny.build(), config)) == 3
+        assert ("3 pictures, 3 usable" in capsys.readouterr().out) == first
 
 
 def test_settings_that_make_no_sense_are_refused(folder, capsys):

@@ -69,6 +69,12 @@ def test_weights_come_back(tmp_path):
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["w.safetensors"]
 
 
+def test_a_long_header_is_no_damage(tmp_path):
+    notes = {"tags": "x" * (9 << 20)}
+    save_weights({"a": torch.ones(2)}, tmp_path / "w.safetensors", notes)
+    assert read_header(tmp_path / "w.safetensors")[1]["tags"] == notes["tags"] and read_weights(tmp_path / "w.safetensors")
+
+
 def test_changing_a_loaded_tensor_leaves_the_file(tmp_path):
     path = tmp_path / "w.safetensors"
     save_weights({"a": torch.ones(4)}, path)

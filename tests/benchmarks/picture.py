@@ -33,7 +33,8 @@ def minipic(unet, vae, schedule, texts, settings):
     """A function graph -> the picture [3,H,W]."""
     config = unet.config  # a text encoder's width tells base models from refiners, so one without weights is there
     width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    pipeline = Pipeline(unet, vae, None, blank(CLIPText, replace(OPENCLIP_BIGG, projection_dim=width)), schedule=schedule)
+    encoder = blank(CLIPText, replace(OPENCLIP_BIGG, projection_dim=width))
+    pipeline = Pipeline(unet, vae, None, encoder, schedule=schedule)
     pipeline.encode = lambda prompt, negative: texts
     return lambda graph=False: to_tensor(pipeline.generate("", graph=graph, **settings)[0])
 
