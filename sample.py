@@ -177,6 +177,9 @@ def choose(config, rank):
     except (RuntimeError, AssertionError, ImportError) as error:  # unknown, or PyTorch is built without it
         raise InputError(f"--device {name}: not available here; use {best}") from error
     if config.dtype:
+        if device.type == "cpu" and (config.dtype == "fp16" or config.dtype == "bf16" and not computes_bf16(device)):
+            warnings.warn(f"--dtype {config.dtype}: this CPU computes it many times slower than fp32; leave it out",
+                          stacklevel=1)
         return device, config.dtype
     if device.type == "cuda":
         return device, "bf16" if computes_bf16(device) else "fp16"
@@ -205,7 +208,7 @@ def draw(config):
     prompts, (single, together) = read_prompts(config)[rank::world], place(config)
     image, mask, edit = (open_picture(name) if name else None for name in (config.image, config.mask, config.edit))
     control = open_controls(config)
-    load = {"dtype": DTYPES[dtype], "device": device, "lazy": True, "check_hashes": config.verify}
+    load = {"dtype": DTYPES[dtype], "device": device, "lazy": True, "check_hashes": config.verify, "cast": True}
     pipeline = Pipeline.load(config.model, vae=config.vae, **load)
     add_files(pipeline, config)
     refiner = Pipeline.load(config.refiner, **load) if config.refiner else None

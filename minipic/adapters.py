@@ -48,11 +48,11 @@ class Adapters(nn.Module):
         self.texts.clear()
 
     def apply_lora(self, part, name):
-        scale, found = self.loras[name]
+        (scale, found), model = self.loras[name], getattr(self, part)
+        dtype = next(model.parameters()).dtype  # of the arithmetic; see layers/casting.py
         for module, (a, b, alpha) in found.get(part, {}).items():
-            layer = getattr(self, part).get_submodule(module)
-            lora.add(layer, name, a.to(layer.weight.dtype), b.to(layer.weight.dtype), alpha)
-        lora.set_scale(getattr(self, part), scale, name)
+            lora.add(model.get_submodule(module), name, a.to(dtype), b.to(dtype), alpha)
+        lora.set_scale(model, scale, name)
 
     def set_lora(self, path, scale):
         """Change the strength of a LoRA that was added; 0 turns it off."""
@@ -90,11 +90,11 @@ class Adapters(nn.Module):
         """Add the ControlNet of a diffusers folder or a file, beside those that are there, for `steps` to follow a
         picture with. Raises InputError naming the path and what does not fit this model."""
         like = next(self.unet.parameters())
-        dtype, device = self.lazy["unet"][1:] if self.lazy else (like.dtype, like.device)
+        dtype, device, cast = self.lazy["unet"][1:] if self.lazy else (like.dtype, like.device, False)
         part = open_controlnet(path, self.unet.config, self.vae.config.factor, dtype != torch.float32)
         name = f"controlnet_{len(self.controlnets) + 1}" if self.controlnets else "controlnet"
         if self.lazy:
-            self.lazy[name] = part, dtype, device
+            self.lazy[name] = part, dtype, device, cast
         setattr(self, name, blank(part.model, part.config) if self.lazy else load_part(part, dtype, device))
 
     def apply_added(self, part):

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from minipic import keys
 from minipic.common import InputError
+from minipic.layers import casting
 from minipic.models.clip import CLIP_L, OPENCLIP_BIGG, CLIPText, CLIPTextConfig
 from minipic.models.controlnet import ControlNet, ControlNetConfig
 from minipic.models.unet import SD15, SDXL_BASE, SDXL_REFINER, UNet, UNetConfig
@@ -87,8 +88,7 @@ def open_model(path, half=False, check_hashes=False, vae=None):
     """A Source for a diffusers folder or a single .safetensors file; reads configs and headers, no weights.
 
     `half`: prefer a folder's fp16 files where it has both. `check_hashes`: every weights file must be an official one.
-    `vae`: a VAE's folder or file, which some single files need, for they have none.
-    """
+    `vae`: a VAE's folder or file, which some single files need, for they have none."""
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; fetch official weights with weights/download.py")
@@ -296,16 +296,18 @@ def listed(names, most=3):
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def load_part(part, dtype=None, device="cpu"):
+def load_part(part, dtype=None, device="cpu", cast=False):
     """Read one part's weights into its network, tensor by tensor: never two copies in memory.
 
-    `dtype` None keeps the file's; then the weights stay mapped to the file and cost memory only when used."""
+    `dtype` None keeps the file's: such weights stay mapped and cost memory only when used; `cast`: in float32 the large
+    ones do so too, see layers/casting.py."""
     model, state = blank(part.model, part.config), {}
+    stay = casting.install(model) if cast and dtype == torch.float32 else ()
     for path, entries in part.files.items():
         for name, tensor in stream(path, entries):
             for key, x in part.convert(name[len(part.prefix):], tensor):
                 kept = order(dtype) if x.ndim == 4 else torch.preserve_format
-                state[key] = x.to(device=device, dtype=dtype, memory_format=kept)
+                state[key] = x.to(device=device, dtype=None if key in stay else dtype, memory_format=kept)
     model.load_state_dict(state, strict=True, assign=True)
     return model
 
@@ -332,8 +334,7 @@ def save_part(model, folder, dtype=None):
 def save_folder(folder, parts, index, scheduler, dtype=None):
     """Write {part: network} as a diffusers folder that diffusers loads; the tokenizers' folders are the caller's.
 
-    `index` and `scheduler`: as in Source. `dtype`: stored so, None keeps. model_index.json is written last: a folder
-    without it is unfinished.
+    `index`, `scheduler`: as in Source. `dtype`: stored so, None keeps. A folder without model_index.json is unfinished.
     """
     folder = Path(folder)
     index = {key: [None, None] if isinstance(value, list) else value for key, value in index.items()}  # parts not kept

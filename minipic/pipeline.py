@@ -23,7 +23,7 @@ from minipic.image import cover, flatten, to_pictures, to_tensor, white
 from minipic.layers import lora
 from minipic.layers.graph import graphed
 from minipic.layouts import blank, load_part, open_model, save_folder
-from minipic.text import Conditioning, Tokenizer, encode, size_ids
+from minipic.text import Conditioning, encode, open_tokenizer, size_ids
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 AT_ONCE = 1024 * 1024  # pixels in all; the VAE's activations are the largest there are: 0.5 GB each in fp32
@@ -47,13 +47,14 @@ class Pipeline(Adapters):
         self.lazy, self.texts = {}, {}  # filled only by load(lazy=True): parts still on disk, texts already encoded
 
     @classmethod
-    def load(cls, path, dtype=None, device=None, vae=None, lazy=False, check_hashes=False, lora=()):
+    def load(cls, path, dtype=None, device=None, vae=None, lazy=False, check_hashes=False, lora=(), cast=False):
         """A model from a diffusers folder or a single .safetensors file, whose tokenizers lie in folders beside it.
 
         `dtype` (default float32) and `device` (default CPU) of the networks; in float16 a VAE that would overflow stays
         float32. `vae`: another VAE's folder or file. `lazy`: read each network when it is needed and free the text
         encoders before the UNet. `check_hashes`: accept official files only. `lora`: a file, files, or pairs of (file,
-        scale), see `add_lora`. Raises InputError naming what is wrong.
+        scale), see `add_lora`. `cast`: in float32, large weights stay in the 16 bits of their file, in half the memory,
+        see layers/casting.py. Raises InputError naming what is wrong.
         """
         dtype, path = dtype or torch.float32, Path(path)
         if not isinstance(dtype, torch.dtype):
@@ -69,7 +70,7 @@ class Pipeline(Adapters):
                        schedule=Schedule.from_json(source.scheduler, path / "scheduler" / "scheduler_config.json"),
                        index=source.index)
         overflows = dtype == torch.float16 and parts["vae"].config.force_upcast
-        pipeline.lazy = {name: (part, torch.float32 if name == "vae" and overflows else dtype, device or "cpu")
+        pipeline.lazy = {name: (part, torch.float32 if name == "vae" and overflows else dtype, device or "cpu", cast)
                          for name, part in parts.items()}
         if not lazy:
             pipeline.fetch(*parts)
@@ -330,18 +331,6 @@ class Pipeline(Adapters):
     def device(self):
         """Where drawing happens: the UNet's device, also while it is on disk."""
         return torch.device(self.lazy["unet"][2]) if self.lazy else next(self.unet.parameters()).device
-
-
-def open_tokenizer(path, name, vocab_size):
-    """The tokenizer `name` of a model folder, or of the folder that a single file lies in."""
-    folder = (path if path.is_dir() else path.parent) / name
-    if not folder.is_dir():
-        remedy = "fetch the model again" if path.is_dir() else "put the model's official one beside the file"
-        raise InputError(f"{folder}: no such folder, and a model needs its tokenizer; {remedy}")
-    tokenizer = Tokenizer(folder)
-    if tokenizer.size != vocab_size:
-        raise InputError(f"{folder}: has {tokenizer.size} tokens, its text encoder {vocab_size}; use the model's own")
-    return tokenizer
 
 
 def latent_mask(drawn, factor):

@@ -106,6 +106,18 @@ class Tokenizer:
                 shutil.copyfile(self.folder / name, Path(folder) / name)
 
 
+def open_tokenizer(path, name, vocab_size):
+    """The tokenizer `name` of a model folder, or of the folder that a single file lies in."""
+    folder = (path if path.is_dir() else path.parent) / name
+    if not folder.is_dir():
+        remedy = "fetch the model again" if path.is_dir() else "put the model's official one beside the file"
+        raise InputError(f"{folder}: no such folder, and a model needs its tokenizer; {remedy}")
+    tokenizer = Tokenizer(folder)
+    if tokenizer.size != vocab_size:
+        raise InputError(f"{folder}: has {tokenizer.size} tokens, its text encoder {vocab_size}; use the model's own")
+    return tokenizer
+
+
 def special_tokens(settings):
     """{text: token} of those that are found in a prompt before it is split into words, as transformers reads them.
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from minipic.common import InputError
 from minipic.image import to_tensor
-from minipic.pipeline import Pipeline, open_tokenizer
-from minipic.text import train_tokenizer
+from minipic.pipeline import Pipeline
+from minipic.text import open_tokenizer, train_tokenizer
 from tiny import NEGATIVE, PROMPT
 
 STEPS, SEED = 20, 3

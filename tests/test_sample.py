@@ -13,6 +13,7 @@ from PIL import Image
 
 import sample
 from minipic.image import open_picture, read_settings
+from minipic.layers import casting
 from minipic.pipeline import Pipeline
 from minipic.weights import save_weights
 
@@ -234,6 +235,25 @@ def test_a_folder_with_one_file_is_as_large_as_the_file(monkeypatch, tmp_path):
     (tmp_path / "one.safetensors").write_bytes(bytes(11))
     assert [sample.choose(sample.Settings(model=str(path), device="cpu"), 0)[1]
             for path in (tmp_path, tmp_path / "one.safetensors")] == ["bf16", "bf16"]
+
+
+@pytest.mark.parametrize("dtype, able, slow", [("bf16", False, True), ("bf16", True, False), ("fp16", True, True),
+                                               ("fp32", False, False), (None, False, False)])
+def test_warns_of_arithmetic_that_the_cpu_lacks(dtype, able, slow, monkeypatch, recwarn):
+    monkeypatch.setattr(sample, "computes_bf16", lambda device: able)
+    sample.choose(sample.Settings(model=str(tiny.folder()), dtype=dtype, device="cpu"), 0)
+    assert [str(warning.message) for warning in recwarn] == [
+        f"--dtype {dtype}: this CPU computes it many times slower than fp32; leave it out"] * slow
+
+
+def test_large_weights_stay_in_the_16_bits_of_their_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(casting, "LARGE", 1)
+    tiny.build(folder=tmp_path).save(tmp_path, torch.float16)
+    found, product = set(), casting.Product.forward
+    monkeypatch.setattr(casting.Product, "forward", lambda ctx, x, weight, bias: (
+        found.add((x.dtype, weight.dtype)), product(ctx, x, weight, bias))[1])
+    assert run(PROMPT, "--model", str(tmp_path), "--dtype", "fp32") == 0
+    assert found == {(torch.float32, torch.float16)}
 
 
 def test_a_lora_may_lie_in_any_folder():

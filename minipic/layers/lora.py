@@ -11,6 +11,7 @@ import re
 import torch
 import torch.nn as nn
 
+from minipic.layers.casting import CastLinear
 from minipic.layers.swap import swap
 
 ATTENTION = r".*attn[12]\.to_(q|k|v|out\.0)|.*self_attn\.(q|k|v|out)_proj"  # of the UNet, and of the text encoders
@@ -36,11 +37,15 @@ class LoRALinear(LoRA, nn.Linear):
     pass
 
 
+class LoRACastLinear(LoRA, CastLinear):
+    pass
+
+
 class LoRAConv2d(LoRA, nn.Conv2d):
     pass
 
 
-LAYERS = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}
+LAYERS = {nn.Linear: LoRALinear, CastLinear: LoRACastLinear, nn.Conv2d: LoRAConv2d}
 
 
 def inject(model, rank, alpha=None, match=ATTENTION, name="default"):

@@ -126,7 +126,8 @@ class Recipe(Photos):
 def load(config, stays=False, also=""):
     """The pipeline of --model, in fp32; one that `stays` as it is needs no more digits than the arithmetic has. A UNet
     that looks at more than x trains only in the recipe that says so: `also`."""
-    pipeline = Pipeline.load(config.model, torch.bfloat16 if stays and config.precision == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if stays and config.precision == "bf16" else torch.float32
+    pipeline = Pipeline.load(config.model, dtype, cast=stays)
     if pipeline.sdxl and pipeline.text_encoder is None:
         raise InputError(f"--model {config.model}: is a refiner, which no recipe trains; give an ordinary model")
     if pipeline.looks not in ("", also):
