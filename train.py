@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from minipic import checkpoint, training
 from minipic.common import InputError, computes_bf16, enough_memory, from_argv, random
+from minipic.image import loss_curve
 from minipic.weights import replacing, writable
 
 RECIPES = {name: f"minipic.methods.{name}"
@@ -170,7 +171,7 @@ def draw(recipe, run, done, config, rows, rank):
                 recipe.sample(run.model, config).save(part)
             if rows:
                 with replacing(Path(config.out, "loss.png")) as part:
-                    training.loss_curve(rows).save(part)
+                    loss_curve(rows).save(part)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,13 @@ import json
 import math
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from minipic.common import InputError
@@ -26,6 +29,30 @@ FREE = ("steps", "scenes", "cache", "out", "save", "resume", "accumulate", "chec
 def whole(tensor):
     """The whole tensor on the CPU; when it is sharded, every process must ask."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
+
+@contextmanager
+def gathered(model, params, here):
+    """Inside, the process that is `here` has whole parameters in place of its shards, and FSDP leaves it alone: the
+    model can run, and be saved, without the others. `params`: {name: parameter}. Every process must enter."""
+    shards = {name: p for name, p in params.items() if isinstance(p, DTensor)}
+    hooks = {module: (module._forward_pre_hooks, module._forward_hooks) for module in model.modules()
+             if isinstance(module, FSDPModule)}
+
+    def put(name, p):
+        place, _, child = name.rpartition(".")
+        setattr(model.get_submodule(place), child, p)
+    for name, p in shards.items():
+        full = p.full_tensor()
+        if here:
+            put(name, nn.Parameter(full, requires_grad=False))
+    for module in hooks:
+        module._forward_pre_hooks, module._forward_hooks = {}, {}
+    yield
+    for module, (before, after) in hooks.items():
+        module._forward_pre_hooks, module._forward_hooks = before, after
+    for name, p in shards.items():
+        put(name, p)
 
 
 def fill(target, value):

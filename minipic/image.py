@@ -1,4 +1,4 @@
-"""Pictures: tensor <-> PIL, files opened with care and written whole, labelled grids, and the settings inside a PNG."""
+"""Pictures: tensor <-> PIL, files opened with care and written whole, grids, loss curves, the settings inside a PNG."""
 
 import itertools
 import json
@@ -171,3 +171,29 @@ def read_settings(path):
     if not isinstance(settings, dict):
         raise InputError(f"{path}: no minipic settings inside; give a PNG that sample.py wrote and no program re-saved")
     return settings
+
+
+def loss_curve(rows, width=640, height=360):
+    """Picture of the loss over the steps (logarithmic if all are positive): each logged value, and their average."""
+    picture = Image.new("RGB", (width, height), "white")
+    draw, steps = ImageDraw.Draw(picture), [row["step"] for row in rows]
+    logarithmic = all(row["loss"] > 0 for row in rows)
+    height_of = math.log if logarithmic else float
+    values, smooth = [height_of(row["loss"]) for row in rows], []
+    for value in values:
+        smooth.append(value if not smooth else 0.9 * smooth[-1] + 0.1 * value)
+    low, high, left, margin = min(values), max(values), 70, 24
+
+    def place(step, value):
+        across, up = (step - steps[0]) / max(1, steps[-1] - steps[0]), (value - low) / ((high - low) or 1)
+        return left + across * (width - left - margin), height - margin - up * (height - 2 * margin)
+
+    for mark in (low, (low + high) / 2, high):
+        x, y = place(steps[0], mark)
+        draw.line([(x, y), (width - margin, y)], fill="lightgray")
+        draw.text((4, y - 6), f"{math.exp(mark) if logarithmic else mark:.4g}", fill="black")
+    draw.line([place(*point) for point in zip(steps, values)], fill="lightsteelblue")
+    draw.line([place(*point) for point in zip(steps, smooth)], fill="navy", width=2)
+    draw.text((left, height - margin + 6), f"step {steps[0]}", fill="black")
+    draw.text((width - margin - 70, height - margin + 6), f"step {steps[-1]}", fill="black")
+    return picture

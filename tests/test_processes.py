@@ -11,11 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
 import toy_recipe
 from toy_recipe import apart, at, finish, hashes, one_thread, processes, toy, until
 
+import train
 from minipic import checkpoint, training
+from minipic.pipeline import Pipeline
 
+ROOT = Path(__file__).parents[1]
 FSDP = ["--fsdp"] if "ignored_params" in inspect.signature(training.fully_shard).parameters else []  # PyTorch 2.7
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,6 +92,49 @@ def test_two_processes_train_what_one_does(tmp_path, flags):
     assert apart(at(tmp_path / "one", 24), at(tmp_path / "one-two", 24)) < 1e-6
 
 
+def test_torchrun_shards_a_real_model_and_it_is_drawn_from_and_saved_whole(tmp_path):
+    """What other tests leave to the toy: a pipeline of several networks, some frozen, written in the official layout."""
+    flags = ["t2i", "--model", str(tiny.folder()), "--steps", "1", "--batch", "2", "--scenes", "4", "--sample-every", "1",
+             "--warmup", "1", "--precision", "fp32"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    done = subprocess.run([*command, *flags, *FSDP, "--out", tmp_path / "two"], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert train.main([*flags, "--out", str(tmp_path / "one")]) == 0
+    one, two, before = (Pipeline.load(path).state_dict() for path in (
+        tmp_path / "one/model", tmp_path / "two/model", tiny.folder()))
+    for name, x in one.items():  # in fp16, as they are saved
+        torch.testing.assert_close(two[name], x, rtol=1e-3, atol=1e-4)
+    assert (one["unet.conv_in.weight"] - before["unet.conv_in.weight"]).abs().max() > 1e-4
+    assert all((tmp_path / name / "samples/step-000001.png").exists() for name in ("one", "two"))
+
+
+@pytest.mark.skipif(not FSDP, reason="needs PyTorch 2.7")
+def test_blocks_are_sharded_one_by_one_and_whole_while_gathered(monkeypatch):
+    """In one process, which holds all shards: which modules FSDP gathers by themselves, and the same numbers after."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    model, x = tiny.build().requires_grad_(False), torch.ones(1, 4, 16, 16)
+    model.unet.requires_grad_(True)
+    given = 500, torch.ones(1, 77, 40), torch.ones(1, 20), torch.ones(1, 6)
+    before, names = model.unet(x, *given), set(model.state_dict())
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        loss = training.distribute(training.Loss(model, None, None), toy_recipe.Recipe(fsdp=True))
+        assert {module for module in loss.modules() if isinstance(module, training.FSDPModule)} == {
+            loss, *(module for module in model.unet.modules() if isinstance(module, training.BLOCKS))}
+        params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        with checkpoint.gathered(model, params, True), torch.no_grad():
+            torch.testing.assert_close(model.unet(x, *given), before, rtol=1e-5, atol=1e-5)
+            assert {type(value) for value in model.state_dict().values()} == {torch.Tensor}
+        assert all(p is params[name] for name, p in model.named_parameters() if name in params)
+        loss.loss = lambda model, batch, config: model.unet(x, *given).square().mean()
+        assert loss(None)[0].item() == pytest.approx(before.square().mean().item(), rel=1e-5)
+        assert set(model.state_dict()) == names
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_two_processes_resume_bitwise_and_stop_together(tmp_path):
     flags = ["--steps", 10 ** 6, "--schedule", "constant", "--slow", 0.01, *FSDP]
     run = processes(["--out", tmp_path / "run", *flags], tmp_path / "said", world=2)
@@ -107,12 +155,3 @@ def test_nan_in_another_process_names_its_samples(tmp_path):
     run = processes(["--out", tmp_path / "run", "--nan-loss", 5 * 8 + 6], tmp_path / "said", world=2)
     assert finish(run) == [2, 2]
     assert "the loss of step 6 is NaN or infinite, in samples 44 to 47" in (tmp_path / "said").read_text()
-
-
-def test_torchrun_starts_it(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               Path(toy_recipe.__file__), "toy", "--out", tmp_path / "two"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert toy("--out", tmp_path / "one") == 0
-    assert apart(at(tmp_path / "one", 24), at(tmp_path / "two", 24)) < 1e-6

@@ -62,10 +62,10 @@ def test_vae_loss_is_its_formula_and_falls():
     config = vae.Recipe(steps=30, precision="fp32")
     torch.manual_seed(0)
     model = vae.build(config)
-    batch = vae.data(model, config)(0, range(4))
+    batch = vae.data(model, config)(0, range(2))
     x = batch["image"]
     mean, logvar = model.encode(x)
-    noise = torch.stack([torch.randn(mean.shape[1:], generator=random(0, "posterior", i)) for i in range(4)])
+    noise = torch.stack([torch.randn(mean.shape[1:], generator=random(0, "posterior", i)) for i in range(2)])
     out = model.decode(mean + (logvar / 2).exp() * noise)
     edges = (out.diff(dim=2) - x.diff(dim=2)).abs().mean() + (out.diff(dim=3) - x.diff(dim=3)).abs().mean()
     unit = torch.distributions.Normal(0.0, 1.0)
@@ -75,16 +75,16 @@ def test_vae_loss_is_its_formula_and_falls():
     torch.testing.assert_close(start, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(numbers["kl"], kl, rtol=1e-5, atol=1e-6)
     optimizer = torch.optim.AdamW(vae.setup(model, config), 1e-3)
-    for _ in range(12):
+    for _ in range(10):
         loss = vae.loss(model, batch, config)[0]
         optimizer.zero_grad(), loss.backward(), optimizer.step()
     assert loss < 0.9 * start
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_captions():
-    """To compose 2000 of them takes seconds."""
-    with mock.patch.object(clip, "CAPTIONS", 100):
+def less_to_prepare():
+    """To compose 2000 captions and to encode 256 pictures takes seconds."""
+    with mock.patch.object(clip, "CAPTIONS", 100), mock.patch.object(vae, "MEASURED", 32):
         yield
 
 

@@ -93,13 +93,10 @@ def test_processes_share_the_prompts(monkeypatch):
 def test_the_film_ends_with_the_picture():
     assert run(PROMPT, "--n", "2", "--film", "film.png") == 0
     film, picture = open_picture("film.png"), open_picture("pictures/picture.png")
-    wide, cells = np.asarray(picture.resize((192, 192), Image.Resampling.BICUBIC)), []
-    for y in range(film.height - 191):
-        for x in range(film.width - 191):
-            if np.array_equal(np.asarray(film)[y, x:x + 192], wide[0]):
-                cells.append((x, y))
-    (x, y), = cells
-    assert x == film.width - 192 - 8 and np.array_equal(np.asarray(film)[y:y + 192, x:x + 192], wide)
+    wide, film_values = np.asarray(picture.resize((192, 192), Image.Resampling.BICUBIC)), np.asarray(film)
+    x = film.width - 192 - 8
+    y, = (y for y in range(film.height - 191) if np.array_equal(film_values[y, x:x + 192], wide[0]))
+    assert np.array_equal(film_values[y:y + 192, x:x + 192], wide)
     assert film.width == 3 * 192 + 4 * 8
 
 

@@ -7,8 +7,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import peers
@@ -21,6 +19,7 @@ from toy_recipe import at, hashes, one_thread, toy
 import train
 from minipic import checkpoint, training
 from minipic.common import InputError, computes_bf16
+from minipic.image import loss_curve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -145,7 +144,7 @@ def test_a_cpu_computes_in_bf16_only_with_instructions_for_it(monkeypatch):
 
 
 def test_curve_falls_with_the_loss():
-    picture = training.loss_curve([{"step": step, "loss": 2.0 ** -step} for step in range(1, 50)])
+    picture = loss_curve([{"step": step, "loss": 2.0 ** -step} for step in range(1, 50)])
     heights = [min(y for y in range(picture.height) if picture.getpixel((x, y)) == (0, 0, 128)) for x in (80, 300, 600)]
     assert heights[0] < heights[1] < heights[2]
 
@@ -344,12 +343,6 @@ def test_processes_are_those_that_torchrun_started(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert toy("--out", tmp_path / "more") == 2
     assert "torchrun: --nproc_per_node must be at most 1, the GPUs here" in capsys.readouterr().err
-
-
-def test_program_exits_2_on_a_wrong_flag():
-    program = Path(__file__).with_name("toy_recipe.py")
-    done = subprocess.run([sys.executable, program, "toy", "--stepz", "3"], capture_output=True, text=True)
-    assert done.returncode == 2 and "--stepz" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", train.RECIPES)

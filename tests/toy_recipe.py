@@ -98,7 +98,7 @@ def sample(model, config):
 
 def export(model, folder, config):
     folder.mkdir(parents=True, exist_ok=True)
-    values = {name: p.detach().cpu().tolist() for name, p in model.student.named_parameters()}
+    values = {name: p.cpu().tolist() for name, p in model.student.state_dict().items()}  # FSDP gives it shards
     (folder / "student.json").write_text(json.dumps(values))
 
 

@@ -20,6 +20,7 @@ from minipic.world.scene import render, sample_scene
 
 TINY = VAEConfig(sample_size=64, block_out_channels=(32, 64, 128), layers_per_block=1, force_upcast=False,
                  norm_num_groups=8)  # of 4 channels and more, as SDXL's: a group of one forgets a picture's colours
+MEASURED = 256  # pictures whose latents give the scaling factor
 
 
 @dataclass
@@ -105,7 +106,7 @@ def sample(vae, config):
 @torch.no_grad()
 def export(vae, folder, config):
     """Write the VAE with the scaling factor under which latents have standard deviation 1."""
-    x = data(vae, replace(config, maps_share=0.0))(0, range(10**6, 10**6 + 256))["image"]
+    x = data(vae, replace(config, maps_share=0.0))(0, range(10**6, 10**6 + MEASURED))["image"]
     device = next(vae.parameters()).device
     std = torch.cat([vae.encode(part.to(device))[0] for part in x.split(16)]).std().item()
     vae.config = replace(vae.config, scaling_factor=round(1 / std, 5))

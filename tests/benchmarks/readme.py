@@ -48,7 +48,7 @@ def results(text):
     before, _, after = text.split(RESULTS)
     quality, loading, world = (json.loads(Path(__file__).with_name(f"{name}.json").read_text())
                                for name in ("quality", "loading", "world"))
-    lines = [*quality_table(quality), *loading_table(loading), *world_lines(world), *speed_table(), *program_lines(),
+    lines = [*quality_table(quality), *loading_table(loading), *casting_table(), *world_lines(world), *speed_table(), *program_lines(),
              *optimizer_lines(), *baseline_tables()]
     return RESULTS.join([before, "\n".join(lines), after])
 
@@ -82,6 +82,20 @@ def loading_table(loading):
             yield f"| {layout}, {case} | {row['ratio']:.2f} | {row['beyond_weights'] / 1e9:.2f} GB |"
     yield from ["", "Over safetensors: `load_file` and one copy, or one conversion, of each tensor. Random weights in "
                 f"the official layouts; `{loading['command']}`, {loading['date']}, {loading['machine']}."]
+
+
+def casting_table(path=Path(__file__).with_name("casting.json")):
+    """The ways to compute in fp32 with weights of 16 bits, where a CPU has no bf16."""
+    if path.exists():
+        found = json.loads(path.read_text())
+        yield from ["", "| SDXL's UNet on a CPU without bf16, from a file in 16 bits | load and first step | a step | own "
+                    "memory | mapped file | error |", "|---" * 6 + "|"]
+        for way, row in found["results"].items():
+            yield (f"| {way} | {row['load and first step s']:.0f} s | {row['a step s']:.1f} s | {row['own GB']:.1f} GB "
+                   f"| {row['mapped GB']:.1f} GB | {row['error']:.0e} |")
+        yield from ["", f"One row of text, random weights; processor time of one thread, the peaks of both kinds of memory "
+                    f"(they need not come together); error: the largest difference to the first way over its largest "
+                    f"number. `{found['command']}`, {found['date']}, {found['cpu']}, torch {found['torch']}."]
 
 
 def world_lines(world):
