@@ -4,6 +4,7 @@ Only the tests of what a GPU is for use one, the modules that know `GPU`; withou
 others expect a CPU's numbers, often to the last bit.
 """
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ if GPU:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the processes that tests start
 else:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, whose own functions are decorated then
-torch.cuda.is_available = torch.backends.mps.is_available = lambda: False
+torch.cuda.is_available = torch.backends.mps.is_available = functools.cache(lambda: False)  # PyTorch unwraps them
 
 
 @pytest.fixture(autouse=True)
