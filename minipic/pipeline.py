@@ -201,6 +201,7 @@ class Pipeline(Adapters):
             for i, (x, x0) in enumerate(drawing):
                 yield objective.scaled(x, grid.sigmas[i + 1]), x0
             if refiner:
+                predict = denoise = drawing = None  # they hold the UNet's layers
                 pipeline.free("unet", *pipeline.controlnets)
 
     def plan(self, steps=30, n=1, size=None, sampler=None, image=None, strength=0.75, mask=None, control=(), edit=None,

@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from minipic import pipeline
 from minipic.common import InputError
 from minipic.image import to_tensor
 from minipic.pipeline import Pipeline
@@ -206,6 +208,17 @@ def test_lazy_parts_are_read_when_needed_and_text_encoders_freed():
     assert lazy.decode(x)[0].tobytes() == mine().decode(x)[0].tobytes()
     assert torch.equal(final(lazy, steps=2, seed=1), x)  # the second time with the remembered text
     assert all(p.is_meta for p in lazy.text_encoder_2.parameters())
+
+
+def test_a_refiner_finds_the_memory_of_the_first_unet_free(monkeypatch):
+    base, refiner = (Pipeline.load(tiny.folder(kind), lazy=True) for kind in ("sdxl", "refiner"))
+    drawing = base.latents(PROMPT, steps=2, refiner=refiner, handover=0.5)
+    next(drawing)
+    layers, load, alive = [weakref.ref(module) for module in base.unet.modules()], pipeline.load_part, []
+    monkeypatch.setattr(pipeline, "load_part", lambda *part: (
+        alive.append(sum(layer() is not None for layer in layers)), load(*part))[1])
+    next(drawing)
+    assert alive == [0]  # when the refiner's UNet is read
 
 
 def test_a_saved_pipeline_is_the_same(tmp_path):

@@ -92,7 +92,7 @@ def casting_table(path=Path(__file__).with_name("casting.json")):
                     "memory | mapped file | error |", "|---" * 6 + "|"]
         for way, row in found["results"].items():
             yield (f"| {way} | {row['load and first step s']:.0f} s | {row['a step s']:.1f} s | {row['own GB']:.1f} GB "
-                   f"| {row['mapped GB']:.1f} GB | {row['error']:.0e} |")
+                   f"| {row['mapped GB']:.1f} GB | {row['error'] and format(row['error'], '.0e')} |")
         yield from ["", f"One row of text, random weights; processor time of one thread, the peaks of both kinds of memory "
                     f"(they need not come together); error: the largest difference to the first way over its largest "
                     f"number. `{found['command']}`, {found['date']}, {found['cpu']}, torch {found['torch']}."]
