@@ -6,7 +6,6 @@ Juditsky 1992; several processes: PyTorch's own DDP, and FSDP2 (`fully_shard`).
 
 import contextlib
 import dataclasses
-import inspect
 import json
 import math
 import os
@@ -193,8 +192,8 @@ def start_processes(config):
     many = "RANK" in os.environ
     world, local = int(os.environ["WORLD_SIZE"]) if many else 1, int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if config.fsdp and "ignored_params" not in inspect.signature(fully_shard).parameters:
-        raise InputError(f"--fsdp needs PyTorch 2.7 or newer, and this is {torch.__version__}; leave the flag out")
+    if config.fsdp and not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise InputError(f"--fsdp needs PyTorch 2.8 or newer, and this is {torch.__version__}; leave the flag out")
     if config.fsdp and not many:
         raise InputError("--fsdp needs processes: start with torchrun --standalone --nproc_per_node=N train.py ...")
     if config.batch % (config.accumulate * world):
@@ -222,12 +221,13 @@ def distribute(loss, config):
     scalars = [name for name, p in loss.model.named_parameters() if p.requires_grad and p.ndim == 0]
     if scalars:
         raise InputError(f"--fsdp cannot shard {scalars[0]!r}, a single number; train this recipe without --fsdp")
-    kind = {"mesh": dist.init_device_mesh(next(loss.parameters()).device.type, (dist.get_world_size(),)),
-            "ignored_params": {p for p in loss.parameters() if not p.requires_grad}}
-    for module in list(loss.modules()):
-        if isinstance(module, BLOCKS) and any(p.requires_grad for p in module.parameters()):
-            fully_shard(module, **kind)
-    return fully_shard(loss, **kind)
+    mesh = dist.init_device_mesh(next(loss.parameters()).device.type, (dist.get_world_size(),))
+    frozen = {p for p in loss.parameters() if not p.requires_grad}
+    trained = [module for module in loss.modules() if isinstance(module, BLOCKS) and {*module.parameters()} - frozen]
+    for module in [*trained, loss]:
+        fully_shard(module, mesh=mesh, ignored_params=frozen)
+        module.set_force_sum_reduction_for_comms(mesh.device_type == "cpu")  # Gloo's average is a sum in PyTorch 2.8
+    return loss
 
 
 def synchronize(run, on):

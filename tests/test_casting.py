@@ -107,9 +107,9 @@ def test_a_lora_trains_the_same_on_it(tmp_path, monkeypatch):
                            "--scenes", "8", "--sample-every", "0", "--precision", "fp32", "--checkpointing", "--lr", "1e-2",
                            "--warmup", "1", "--out", str(tmp_path / name)]) == 0
         files.append(read_weights(tmp_path / name / "model" / "lora.safetensors"))
-    assert any(x.abs().max() > 1e-3 for name, x in files[0].items() if "lora_B" in name)
-    for name, x in files[0].items():
-        torch.testing.assert_close(x, files[1][name], rtol=0, atol=1e-4)
+    learnt = sum(x.abs().sum() for name, x in files[0].items() if "lora_B" in name)  # it began at 0
+    assert learnt > 1
+    assert sum((x - files[1][name]).abs().sum() for name, x in files[0].items()) < 0.01 * learnt
 
 
 def test_only_fp32_and_only_files_in_16_bits_are_cast(tmp_path):

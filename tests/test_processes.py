@@ -1,6 +1,5 @@
 """The loop in processes of its own: signals, a full disk, and two processes that train what one does."""
 
-import inspect
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from minipic import checkpoint, training
 from minipic.pipeline import Pipeline
 
 ROOT = Path(__file__).parents[1]
-FSDP = ["--fsdp"] if "ignored_params" in inspect.signature(training.fully_shard).parameters else []  # PyTorch 2.7
+FSDP = ["--fsdp"] if hasattr(training.FSDPModule, "set_force_sum_reduction_for_comms") else []  # PyTorch 2.8
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -94,22 +93,23 @@ def test_two_processes_train_what_one_does(tmp_path, flags):
 
 def test_torchrun_shards_a_real_model_and_it_is_drawn_from_and_saved_whole(tmp_path):
     """What other tests leave to the toy: a pipeline of several networks, some frozen, written in the official layout."""
-    flags = ["t2i", "--model", str(tiny.folder()), "--steps", "1", "--batch", "2", "--scenes", "4", "--sample-every", "1",
-             "--warmup", "1", "--precision", "fp32"]
+    flags = ["t2i", "--model", str(tiny.folder()), "--steps", "1", "--batch", "2", "--scenes", "4", "--warmup", "1",
+             "--precision", "fp32", "--sample-every"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
-    done = subprocess.run([*command, *flags, *FSDP, "--out", tmp_path / "two"], capture_output=True, text=True,
+    done = subprocess.run([*command, *flags, "1", *FSDP, "--out", tmp_path / "two"], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert train.main([*flags, "--out", str(tmp_path / "one")]) == 0
+    assert train.main([*flags, "0", "--out", str(tmp_path / "one")]) == 0
     one, two, before = (Pipeline.load(path).state_dict() for path in (
         tmp_path / "one/model", tmp_path / "two/model", tiny.folder()))
-    for name, x in one.items():  # in fp16, as they are saved
-        torch.testing.assert_close(two[name], x, rtol=1e-3, atol=1e-4)
-    assert (one["unet.conv_in.weight"] - before["unet.conv_in.weight"]).abs().max() > 1e-4
-    assert all((tmp_path / name / "samples/step-000001.png").exists() for name in ("one", "two"))
+    difference, learnt = (sum((x - state[name]).abs().sum() for name, x in one.items()) for state in (two, before))
+    assert difference < 0.01 * learnt  # not for every weight: by the sign of a gradient of nearly 0 AdamW's first step goes
+    assert all(torch.equal(x, two[name]) and torch.equal(x, before[name].half().float())
+               for name, x in one.items() if not name.startswith("unet"))
+    assert (tmp_path / "two/samples/step-000001.png").exists()
 
 
-@pytest.mark.skipif(not FSDP, reason="needs PyTorch 2.7")
+@pytest.mark.skipif(not FSDP, reason="needs PyTorch 2.8")
 def test_blocks_are_sharded_one_by_one_and_whole_while_gathered(monkeypatch):
     """In one process, which holds all shards: which modules FSDP gathers by themselves, and the same numbers after."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():

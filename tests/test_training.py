@@ -330,9 +330,9 @@ def test_mistakes_get_one_sentence_and_exit_2(tmp_path, capsys, monkeypatch, fla
 
 
 def test_sharding_needs_a_pytorch_that_can_leave_parameters_out(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(training, "fully_shard", lambda module, *, mesh=None: module)
+    monkeypatch.delattr(training.FSDPModule, "set_force_sum_reduction_for_comms")
     assert toy("--out", tmp_path, "--fsdp") == 2
-    assert f"--fsdp needs PyTorch 2.7 or newer, and this is {torch.__version__}" in capsys.readouterr().err
+    assert f"--fsdp needs PyTorch 2.8 or newer, and this is {torch.__version__}" in capsys.readouterr().err
 
 
 def test_processes_are_those_that_torchrun_started(tmp_path, capsys, monkeypatch):
