@@ -9,7 +9,7 @@ import train
 from minipic.layers import casting, lora
 from minipic.layouts import load_part, open_part
 from minipic.pipeline import Pipeline
-from minipic.weights import read_weights
+from minipic.weights import read_weights, save_weights
 
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -100,16 +100,31 @@ def test_draws_the_same_from_half_the_memory(kind, dtype, tmp_path):
 
 def test_a_lora_trains_the_same_on_it(tmp_path, monkeypatch):
     build(folder=tmp_path / "model").save(tmp_path / "model", torch.float16)
-    files = []
+    files, backward, seen = [], casting.Product.backward, []
+    monkeypatch.setattr(casting.Product, "backward", lambda ctx, grad: (seen.append(name), backward(ctx, grad))[1])
     for name, large in (("cast", 1), ("plain", 1 << 60)):
         monkeypatch.setattr(casting, "LARGE", large)
         assert train.main(["t2i", "--model", str(tmp_path / "model"), "--lora-rank", "2", "--steps", "3", "--batch", "2",
                            "--scenes", "8", "--sample-every", "0", "--precision", "fp32", "--checkpointing", "--lr", "1e-2",
                            "--warmup", "1", "--out", str(tmp_path / name)]) == 0
         files.append(read_weights(tmp_path / name / "model" / "lora.safetensors"))
+    assert set(seen) == {"cast"}
     learnt = sum(x.abs().sum() for name, x in files[0].items() if "lora_B" in name)  # it began at 0
     assert learnt > 1
     assert sum((x - files[1][name]).abs().sum() for name, x in files[0].items()) < 0.01 * learnt
+
+
+def test_a_lora_from_a_file_computes_in_fp32(tmp_path):
+    build(folder=tmp_path).save(tmp_path, torch.float16)
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"
+    save_weights({f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(32, 2) / 30},
+                 tmp_path / "lora.safetensors")
+    plain, cast = (Pipeline.load(tmp_path, cast=cast, lora=tmp_path / "lora.safetensors") for cast in (False, True))
+    assert {p.dtype for name, p in cast.named_parameters() if "lora_" in name} == {torch.float32}
+    one, other, without = (list(pipeline.latents(PROMPT, steps=2))[-1] for pipeline in (
+        plain, cast, Pipeline.load(tmp_path)))
+    torch.testing.assert_close(other, one, rtol=0, atol=1e-4)
+    assert (one - without).abs().max() > 0.01
 
 
 def test_only_fp32_and_only_files_in_16_bits_are_cast(tmp_path):
