@@ -20,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 GPU = torch.cuda.is_available()
 if GPU:
     torch.cuda.init()
+    torch.cuda.device_count()  # from now on it is remembered; Triton asks
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the processes that tests start
 else:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, whose own functions are decorated then

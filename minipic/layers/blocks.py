@@ -11,7 +11,7 @@ from minipic.common import InputError
 
 
 def choose():
-    """The backend of the norms and of `geglu`: no GPU has measured the Triton kernels yet."""
+    """The backend of the norms and of `geglu`: no GPU has timed these Triton kernels yet."""
     return "plain"
 
 

@@ -48,7 +48,7 @@ def results(text):
     before, _, after = text.split(RESULTS)
     quality, loading, world = (json.loads(Path(__file__).with_name(f"{name}.json").read_text())
                                for name in ("quality", "loading", "world"))
-    lines = [*quality_table(quality), *loading_table(loading), *casting_table(), *world_lines(world), *speed_table(), *program_lines(),
+    lines = [*quality_table(quality), *loading_table(loading), *casting_table(), *world_lines(world), *speed_table(), *attention_table(), *program_lines(),
              *optimizer_lines(), *baseline_tables()]
     return RESULTS.join([before, "\n".join(lines), after])
 
@@ -122,8 +122,21 @@ def speed_table(folder=Path(__file__).parent):
         f"`{found['command']}`, {found['date']}, {found['gpu'] or found['cpu']}, torch {found['torch']}."
         for found in measured)]
     if not any(found["gpu"] for found in measured):
-        yield "On a GPU, these programs and `tests/benchmarks/attention.py`: not yet measured."
+        yield "On a GPU, these programs: not yet measured."
     yield ""
+
+
+def attention_table(path=Path(__file__).with_name("attention-gpu.json")):
+    """The attention kernels on a GPU, in ms; the file is what attention.py wrote there."""
+    if path.exists():
+        found = json.loads(path.read_text())
+        rows = {f"{shape}, {what}": row for shape, kinds in found["results"].items() for what, row in kinds.items()}
+        names = list(next(iter(rows.values())))
+        yield from ["", "| attention, ms | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        yield from (f"| {case} | " + " | ".join(f"{row[name]['ms']:.3f}" for name in names) + " |"
+                    for case, row in rows.items())
+        yield from ["", f"`{found['command']}`, {found['date']}, {found['gpu']}, torch {found['torch']}. PyTorch's kernels are "
+                    "the faster ones at every shape, and so they are what is used.", ""]
 
 
 def program_lines(path=Path(__file__).with_name("programs.json")):
