@@ -106,13 +106,13 @@ def world_lines(world):
 
 def speed_table(folder=Path(__file__).parent):
     """Whole networks beside diffusers, a row a program, case and way to run it, from those that were measured."""
-    measured = [json.loads(path.read_text()) for name in ("unet_step", "vae", "train_step", "picture")
+    measured = [json.loads(path.read_text()) for name in ("unet_step", "unet_step-gpu", "vae", "train_step", "picture")
                 if (path := folder / f"{name}.json").exists()]
     if not measured:
         return
     yield from ["", "| whole networks | ms | speed over diffusers | share of GEMM rate | peak memory |", "|---" * 5 + "|"]
     for found in measured:
-        program = found["command"].split()[1].split("/")[-1].removesuffix(".py").replace("_", " ")
+        program = found["command"].split()[1].split("/")[-1].removesuffix(".py").replace("_", " ") + " (GPU)" * bool(found["gpu"])
         for case, rows in found["results"].items():
             for name, row in rows.items():
                 memory = f"{row['peak GB']:.1f} GB" if "peak GB" in row else ""
@@ -121,8 +121,8 @@ def speed_table(folder=Path(__file__).parent):
     yield from ["", "Processor time of one thread on a CPU, time on a GPU. " + " ".join(
         f"`{found['command']}`, {found['date']}, {found['gpu'] or found['cpu']}, torch {found['torch']}."
         for found in measured)]
-    if not any(found["gpu"] for found in measured):
-        yield "On a GPU, these programs: not yet measured."
+    yield ("On a GPU, diffusers compiled (`unet_step.py` without `--compile 0`) and the other programs: not yet measured. "
+           "\"triton norms\": minipic's kernels for all but attention; none of its kernels is a default yet.")
     yield ""
 
 

@@ -105,13 +105,13 @@ def unet_inputs(unet, case, batch):
     return made | {"t": torch.full((batch,), 501.0, device=DEVICE), "size_ids": sizes.repeat(batch, 1)}
 
 
-def with_triton(work):
-    """The same work with minipic's own kernels wherever they can do it."""
+def with_triton(work, attention_too=True):
+    """The same work with minipic's own kernels wherever they can do it, or for what is not attention."""
     chosen = attention.choose
 
     def run():
         with (mock.patch.object(blocks, "choose", lambda: "triton"), mock.patch.object(
-                attention, "choose", lambda q, k: "triton" if q.shape[-1] in (32, 64, 128) else chosen(q, k))):
+                attention, "choose", lambda q, k: "triton" if attention_too and q.shape[-1] in (32, 64, 128) else chosen(q, k))):
             return work()
     return run
 

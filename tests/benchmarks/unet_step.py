@@ -4,7 +4,7 @@
 
 The text is read once a drawing, so that its keys and values are no part of minipic's step; diffusers has no such place.
 On a CPU both run as they come. On a GPU diffusers also compiled, minipic also as one CUDA graph, with PyTorch's kernels
-and with its own.
+and with its own. `--compile 0` leaves out the compiled one, which takes minutes. Writes unet_step-gpu.json there.
 """
 
 import torch
@@ -17,7 +17,7 @@ CASES = "tiny-64-bf16 sdxl-1024-bf16" if GPU else "tiny-64-fp32 sdxl-512-bf16 sd
 
 
 @torch.no_grad()
-def run(case: Case, batch, rounds):
+def run(case: Case, batch, rounds, max_autotune=True):
     unet = case.network("unet")
     given = unet_inputs(unet, case, batch)
     read = unet.read(given["context"])
@@ -26,9 +26,11 @@ def run(case: Case, batch, rounds):
     works = {"diffusers": lambda: peer(x, t, given["context"], added_cond_kwargs=added).sample,
              "minipic": lambda: unet(x, t, read, *rest)}
     if GPU:
-        fast = compiled(peer_of(unet))
-        works["diffusers compiled"] = lambda: fast(x, t, given["context"], added_cond_kwargs=added).sample
+        if max_autotune:
+            fast = compiled(peer_of(unet))
+            works["diffusers compiled"] = lambda: fast(x, t, given["context"], added_cond_kwargs=added).sample
         works["minipic graph"] = graphed(works["minipic"])
+        works["minipic triton norms graph"] = graphed(with_triton(works["minipic"], attention_too=False))
         works["minipic triton graph"] = graphed(with_triton(works["minipic"]))
     agree(works, 1e-4 if case.kind == "fp32" else 5e-2)
     count = flops(unet, lambda meta: meta(x.to("meta"), t.to("meta"), given["context"].to("meta"),
@@ -37,9 +39,9 @@ def run(case: Case, batch, rounds):
 
 
 def main():
-    chosen = options(__doc__, CASES)
-    results = {f"{case}, batch {chosen.batch}": run(case, chosen.batch, chosen.rounds) for case in chosen.cases}
-    print(record("unet_step", results, rounds=chosen.rounds))
+    chosen = options(__doc__, CASES, batch=2 if GPU else 1, compile=1)
+    results = {f"{case}, batch {chosen.batch}": run(case, chosen.batch, chosen.rounds, chosen.compile) for case in chosen.cases}
+    print(record("unet_step-gpu" if GPU else "unet_step", results, rounds=chosen.rounds))
 
 
 if __name__ == "__main__":
