@@ -63,7 +63,7 @@ class Settings:
     target_size: str = option(None, "WIDTHxHEIGHT that SDXL is told was wanted; --size if left out")
     device: str = option(None, "cuda, mps or cpu; the best there is if left out")
     dtype: str = option(None, "fp32, bf16 or fp16; what suits the device and the model if left out", tuple(DTYPES))
-    graph: bool = option(False, "on an NVIDIA GPU: start each step as one CUDA graph, 1.05 times as fast on an H200")
+    graph: bool = option(None, "each step as one CUDA graph; on an NVIDIA GPU, where it is faster, unless --no-graph")
     out: str = option("pictures", "folder, or name.png; a number is added where the name is taken")
     film: str = option(None, "PNG to draw the predicted picture after every step into")
     from_: str = option(None, "PNG drawn here: start from the settings kept inside it; flags win")

@@ -21,7 +21,7 @@ from minipic.diffusion.samplers import SAMPLERS, keep
 from minipic.diffusion.schedule import Schedule
 from minipic.image import cover, flatten, to_pictures, to_tensor, white
 from minipic.layers import lora
-from minipic.layers.graph import graphed
+from minipic.layers.graph import graphed, pays
 from minipic.layouts import blank, load_part, open_model, save_folder
 from minipic.text import Conditioning, encode, open_tokenizer, size_ids
 
@@ -152,7 +152,7 @@ class Pipeline(Adapters):
     @torch.no_grad()
     def steps(self, prompt, negative=None, steps=30, guidance=5.0, seed=0, n=1, size=None, sampler=None, image=None,
               strength=0.75, mask=None, original_size=None, crop=(0, 0), target_size=None, rescale=0.0,
-              refiner=None, handover=0.8, control=(), edit=None, image_guidance=1.5, graph=False):
+              refiner=None, handover=0.8, control=(), edit=None, image_guidance=1.5, graph=None):
         """Yield (x_t, predicted x0), each [n,4,h,w], after every step; `decode` makes pictures of either.
 
         guidance: 1 or less is off (Turbo); rescale: see diffusion/guidance.py. size: (width, height), multiples of 8.
@@ -162,12 +162,14 @@ class Pipeline(Adapters):
         drawn as if cut out of one of that size. refiner: a Pipeline that takes the last 1 - handover of the schedule.
         control: for each ControlNet, in the order of `add_control`, a PIL picture of edges, depth or the like to follow
         and how closely, 1 as trained, 0 not at all: [(picture, scale), ...]. edit: a PIL picture that the prompt says
-        how to change, for a model trained to; image_guidance: how much to keep of it, 1 is off. graph: as a CUDA graph.
+        how to change, for a model trained to; image_guidance: how much to keep of it, 1 is off. graph: draw with CUDA
+        graphs; None: where that `pays`.
         """
         image, edit = (picture and flatten(picture) for picture in (image, edit))
         control = [(flatten(picture), scale) for picture, scale in control]
         size, sampler, grid = self.plan(steps, n, size, sampler, image, strength, mask, control, edit, image_guidance,
                                         refiner, graph)
+        graph = pays(self.device) if graph is None else graph
         text, factor, objective = self.encode(prompt, negative), self.vae.config.factor, self.schedule.objective
         generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]  # on the CPU: equal on every device
         shape = (self.vae.config.latent_channels, size[1] // factor, size[0] // factor)
@@ -205,7 +207,7 @@ class Pipeline(Adapters):
                 pipeline.free("unet", *pipeline.controlnets)
 
     def plan(self, steps=30, n=1, size=None, sampler=None, image=None, strength=0.75, mask=None, control=(), edit=None,
-             image_guidance=1.5, refiner=None, graph=False):
+             image_guidance=1.5, refiner=None, graph=None):
         """(size, sampler, Grid) of a drawing; InputError, naming sample.py's flag, for what cannot be drawn."""
         if sampler is not None and sampler not in SAMPLERS:
             raise InputError(f"--sampler {sampler}: unknown; choose one of {', '.join(SAMPLERS)}")

@@ -21,6 +21,7 @@ GPU = torch.cuda.is_available()
 if GPU:
     torch.cuda.init()
     torch.cuda.device_count()  # from now on it is remembered; Triton asks
+    torch.backends.cudnn.allow_tf32 = False  # the default, convolutions of 10 bits, differs by more than kernels may
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the processes that tests start
 else:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, whose own functions are decorated then

@@ -185,9 +185,9 @@ def test_whole_networks_use_the_kernels_and_give_the_same_numbers(name, dtype, m
 
     def results():
         out = torch.cat([value.flatten() for value in outputs(model, **given).values()])
-        return out.detach(), torch.autograd.grad(out.sum(), [*model.parameters()])
+        return out.detach(), torch.autograd.grad(out.mean(), [*model.parameters()])  # a sum's overflow in fp16
     expected, expected_gradients = results()
-    monkeypatch.setattr(blocks, "choose", lambda: "triton")
+    monkeypatch.setattr(blocks, "choose", lambda x: "triton")
     monkeypatch.setattr(attention, "choose", lambda q, k: "sdpa" if name == "vae" else "triton")
     for module in (nn.GroupNorm, nn.LayerNorm):
         monkeypatch.setattr(module, "forward", None)

@@ -5,7 +5,9 @@ with the memory that they read and wrote, and runs them there again: what a step
 """
 
 import contextlib
+import importlib.util
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import tiny
@@ -15,9 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sample
+from minipic import pipeline as pipelines
 from minipic.common import InputError
 from minipic.image import open_picture, to_tensor
-from minipic.layers.graph import graphed
+from minipic.layers import blocks
+from minipic.layers.graph import RECORDING, graphed, pays
 from minipic.models.controlnet import ControlNet
 from minipic.pipeline import Pipeline
 from peers import fill
@@ -87,14 +91,47 @@ def test_answers_and_what_is_given_outlive_the_next_call(graphs):
     assert [x.tolist() for x in given] == [3 * [float(i)] for i in range(5)]
 
 
-def test_the_flag_draws_with_one(graphs, tmp_path):
+def test_flags_and_the_default(graphs, tmp_path, monkeypatch):
     flags = ["a red cube", "--model", str(tiny.folder()), "--steps", "4", "--n", "1", "--device", DEVICE, "--dtype", "fp32"]
-    for name in ("plain", "graph"):
-        more = ["--graph"] if name == "graph" else []
-        assert sample.main([*flags, "--out", str(tmp_path / f"{name}.png"), *more]) == 0
-        assert GPU or sum(graph.replays for graph in graphs) == 3 * len(more)
-    levels = [to_tensor(open_picture(tmp_path / f"{name}.png")) for name in ("plain", "graph")]
-    assert (levels[0] - levels[1]).abs().max() <= 2 / 255
+    for kind, pay, replays in ((["--no-graph"], True, 0), (["--graph"], False, 3), ([], True, 3), ([], False, 0)):
+        monkeypatch.setattr(pipelines, "pays", lambda device: pay)
+        graphs.clear()
+        assert sample.main([*flags, "--out", str(tmp_path / "drawn.png"), *kind]) == 0
+        assert GPU or sum(graph.replays for graph in graphs) == replays
+    levels = [to_tensor(open_picture(path)) for path in sorted(tmp_path.iterdir())]
+    assert len(levels) == 4 and all((levels[0] - other).abs().max() <= 2 / 255 for other in levels)
+
+
+def test_graphs_are_the_default_on_nvidias_gpus(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert pays(torch.device("cuda:1")) and not pays(torch.device("cpu")) and not pays(torch.device("mps"))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not pays(torch.device("cuda"))
+
+
+def test_our_kernels_are_for_graphs_in_16_bits(graphs, monkeypatch):
+    monkeypatch.setattr(blocks, "compiles", lambda device: device == "cuda:0")
+
+    def chosen(dtype, is_cuda=True):
+        return blocks.choose(SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device="cuda:0"))
+    found = []
+    run = graphed(lambda x: found.append([chosen(torch.bfloat16), chosen(torch.float16), chosen(torch.float32),
+                                          chosen(torch.bfloat16, is_cuda=False)]) or x + 1)
+    assert chosen(torch.bfloat16) == "plain"
+    run(torch.ones(2, device=DEVICE))
+    assert found == 2 * [["triton", "triton", "plain", "plain"]]  # what is recorded was prepared
+    with pytest.raises(ZeroDivisionError):
+        graphed(lambda x: x / (1 // 0))(torch.ones(2, device=DEVICE))
+    assert not RECORDING.get() and chosen(torch.bfloat16) == "plain"
+
+
+def test_where_triton_does_not_work_pytorch_draws(monkeypatch):
+    works = blocks.compiles.__wrapped__
+    if importlib.util.find_spec("triton"):
+        assert works(DEVICE)
+    monkeypatch.setattr(blocks, "kernels", mock.Mock(side_effect=RuntimeError("no C compiler")))
+    with pytest.warns(UserWarning, match="Triton does not work here, so drawing is slower: no C compiler"):
+        assert not works(DEVICE)
 
 
 def test_a_graph_needs_a_gpu():

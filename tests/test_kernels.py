@@ -24,7 +24,8 @@ DEVICE = "cuda" if GPU else "cpu"
 # B, N, M, heads, d: one query, CLIP's 77 keys, more keys than a block, lengths that no block divides
 SHAPES = [(2, 1, 77, 3, 32), (1, 77, 77, 2, 64), (1, 130, 100, 1, 64), (1, 100, 200, 2, 32), (1, 33, 150, 1, 128),
           (1, 64, 128, 1, 64)] + [(2, 1024, 1024, 10, 64), (2, 4096, 77, 10, 64), (1, 1000, 4096, 5, 64)] * GPU
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 4e-6 if GPU else 2e-6,  # a GPU's exp2 is off by up to two units in the last place
+             torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +81,7 @@ def test_every_number_is_written_and_none_beyond(monkeypatch):
         return store[:x.numel()].view(x.shape)
     monkeypatch.setattr(torch, "empty_like", poisoned)
     results = values_and_gradients(FLASH, q, k, v, grad)
-    assert len(made) == 4 and all(result.isfinite().all() for result in results)
+    assert len(made) == 5 and all(result.isfinite().all() for result in results)
     assert all(store[-64:].isnan().all() for store in made)
 
 
@@ -115,7 +116,8 @@ for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
                 kernel = getattr(kernels, kind + "_kernel")
                 rows, cols, warps, stages = kernels.blocks(kind, Like((2, n, 10, d), dtype), Like((2, m, 10, d), dtype))
                 fixed = {"D": d, "ROWS": rows, "COLS": cols, "PRECISION": kernels.precision(Like(0, dtype))}
-                fixed |= {"ONE": m <= cols, "WHOLE": m % cols == 0} if kind == "forward" else {}
+                fixed |= {"WHOLE": (n % rows if kind == "keys" else m % cols) == 0}
+                fixed |= {"ONE": m <= cols} if kind == "forward" else {}
                 kinds = {"lse": "*fp32", "delta": "*fp32", "scale": "fp32"} | dict.fromkeys(fixed, "constexpr")
                 kinds |= dict.fromkeys(("q", "k", "v", "out", "grad", "dq", "dk", "dv"), "*" + name)
                 names = kernel.arg_names

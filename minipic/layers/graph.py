@@ -1,6 +1,15 @@
 """CUDA graphs: many small kernels, recorded once and from then on started as one."""
 
+from contextvars import ContextVar
+
 import torch
+
+RECORDING = ContextVar("RECORDING", default=False)  # whether what runs becomes a graph, where starting a kernel is free
+
+
+def pays(device):
+    """Whether to draw with graphs if nobody says: on NVIDIA's GPUs. AMD's, to PyTorch also "cuda", are untested."""
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def graphed(work):
@@ -19,13 +28,16 @@ def graphed(work):
                 mine.copy_(x)
             graph.replay()
             return out.clone()  # the next replay writes into `out`
-        own, stream = [x.clone() for x in given], torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # loads and chooses kernels, which cannot be recorded
-            first = work(*own)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):  # runs nothing
-            out = work(*own)
+        own, stream, token = [x.clone() for x in given], torch.cuda.Stream(), RECORDING.set(True)
+        try:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # loads and chooses kernels, which cannot be recorded
+                first = work(*own)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph):  # runs nothing
+                out = work(*own)
+        finally:
+            RECORDING.reset(token)
         return first
 
     return run

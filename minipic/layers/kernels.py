@@ -23,6 +23,12 @@ def read(pointer, stride, index, end, features, whole: tl.constexpr = False):
 
 
 @triton.jit
+def read_row(pointer, index, end, other, whole: tl.constexpr):
+    """Numbers `index` [R] of a row, `other` from `end` on."""
+    return tl.load(pointer + index) if whole else tl.load(pointer + index, index < end, other)
+
+
+@triton.jit
 def write(pointer, stride, index, end, features, values):
     at = pointer + index[:, None] * stride + features[None, :]
     tl.store(at, values.to(pointer.dtype.element_ty), index[:, None] < end)
@@ -45,24 +51,23 @@ def forward_kernel(q, k, v, out, lse, sqb, sqn, sqh, skb, skn, skh, svb, svn, sv
     rows, features = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
     queries = read(q, sqn, rows, n, features)
     largest, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-    summed = tl.zeros([ROWS, D], tl.float32)
+    summed, unit = tl.zeros([ROWS, D], tl.float32), scale * LOG2E
     for start in range(0, COLS if ONE else m, COLS):
         cols = start + tl.arange(0, COLS)
         keys, values = read(k, skn, cols, m, features, WHOLE), read(v, svn, cols, m, features, WHOLE)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         if not WHOLE:
             scores = tl.where(cols[None, :] < m, scores, float("-inf"))
+        higher = tl.maximum(largest, tl.max(scores, 1) * unit)
+        weights = tl.exp2(scores * unit - higher[:, None])  # one multiply-add: units change here, not before
         if ONE:
-            largest = tl.max(scores, 1)
-            weights = tl.exp2(scores - largest[:, None])
             total = tl.sum(weights, 1)
             summed = tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
         else:
-            higher = tl.maximum(largest, tl.max(scores, 1))
-            weights, shrink = tl.exp2(scores - higher[:, None]), tl.exp2(largest - higher)
+            shrink = tl.exp2(largest - higher)
             total = total * shrink + tl.sum(weights, 1)
             summed = tl.dot(weights.to(values.dtype), values, summed * shrink[:, None], input_precision=PRECISION)
-            largest = higher
+        largest = higher
     write(out, son, rows, n, features, (summed / total[:, None]))
     tl.store(lse + tl.program_id(1).to(tl.int64) * n + rows, largest + tl.log2(total), rows < n)
 
@@ -70,8 +75,8 @@ def forward_kernel(q, k, v, out, lse, sqb, sqn, sqh, skb, skn, skh, svb, svn, sv
 @triton.jit
 def keys_kernel(q, k, v, grad, lse, delta, dk, dv, sqb, sqn, sqh, skb, skn, skh, svb, svn, svh, sgb, sgn, sgh,
                 sdb, sdn, sdh, heads, n, m, scale, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-                PRECISION: tl.constexpr):
-    """dK and dV of COLS keys. P^T is the weights turned: keys down, queries across; delta = sum(out * grad)."""
+                WHOLE: tl.constexpr, PRECISION: tl.constexpr):
+    """dK and dV of COLS keys. P^T is the weights turned: keys down, queries across. WHOLE: n is a multiple of ROWS."""
     q, k, v, grad = (head_of(q, sqb, sqh, heads), head_of(k, skb, skh, heads), head_of(v, svb, svh, heads),
                      head_of(grad, sgb, sgh, heads))
     lse, delta = lse + tl.program_id(1).to(tl.int64) * n, delta + tl.program_id(1).to(tl.int64) * n
@@ -81,14 +86,14 @@ def keys_kernel(q, k, v, grad, lse, delta, dk, dv, sqb, sqn, sqh, skb, skn, skh,
     dkeys, dvalues = tl.zeros([COLS, D], tl.float32), tl.zeros([COLS, D], tl.float32)
     for start in range(0, n, ROWS):
         rows = start + tl.arange(0, ROWS)
-        queries = read(q, sqn, rows, n, features)
-        grads = read(grad, sgn, rows, n, features)
-        scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2E)
+        queries, grads = read(q, sqn, rows, n, features, WHOLE), read(grad, sgn, rows, n, features, WHOLE)
         # a query that does not exist gets weight 0, for its log-sum-exp is infinite
-        weights = tl.exp2(scores - tl.load(lse + rows, rows < n, float("inf"))[None, :])
+        logsum, mean = read_row(lse, rows, n, float("inf"), WHOLE), read_row(delta, rows, n, 0.0, WHOLE)
+        scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
+        weights = tl.exp2(scores * (scale * LOG2E) - logsum[None, :])
         dvalues = tl.dot(weights.to(grads.dtype), grads, dvalues, input_precision=PRECISION)
         dweights = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
-        dscores = weights * (dweights - tl.load(delta + rows, rows < n, 0.0)[None, :])
+        dscores = weights * (dweights - mean[None, :])
         dkeys = tl.dot(dscores.to(queries.dtype), queries, dkeys, input_precision=PRECISION)
     dk, dv = head_of(dk, sdb, sdh, heads), head_of(dv, sdb, sdh, heads)
     write(dk, sdn, cols, m, features, (dkeys * scale))
@@ -96,30 +101,29 @@ def keys_kernel(q, k, v, grad, lse, delta, dk, dv, sqb, sqn, sqh, skb, skn, skh,
 
 
 @triton.jit
-def queries_kernel(q, k, v, grad, lse, delta, dq, sqb, sqn, sqh, skb, skn, skh, svb, svn, svh, sgb, sgn, sgh,
-                   sdb, sdn, sdh, heads, n, m, scale, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-                   PRECISION: tl.constexpr):
-    """dQ of ROWS queries."""
+def queries_kernel(q, k, v, grad, out, lse, delta, dq, sqb, sqn, sqh, skb, skn, skh, svb, svn, svh, sgb, sgn, sgh,
+                   sob, son, soh, sdb, sdn, sdh, heads, n, m, scale, D: tl.constexpr, ROWS: tl.constexpr,
+                   COLS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr):
+    """dQ of ROWS queries, and their delta = sum(out * grad), which the keys need. WHOLE: m is a multiple of COLS."""
     q, k, v, grad = (head_of(q, sqb, sqh, heads), head_of(k, skb, skh, heads), head_of(v, svb, svh, heads),
                      head_of(grad, sgb, sgh, heads))
-    first = tl.program_id(1).to(tl.int64) * n
+    out, dq, first = head_of(out, sob, soh, heads), head_of(dq, sdb, sdh, heads), tl.program_id(1).to(tl.int64) * n
     rows, features = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
-    queries = read(q, sqn, rows, n, features)
-    grads = read(grad, sgn, rows, n, features)
-    logsum = tl.load(lse + first + rows, rows < n, float("inf"))
-    mean = tl.load(delta + first + rows, rows < n, 0.0)
-    dqueries = tl.zeros([ROWS, D], tl.float32)
+    queries, grads = read(q, sqn, rows, n, features), read(grad, sgn, rows, n, features)
+    mean = tl.sum(read(out, son, rows, n, features).to(tl.float32) * grads.to(tl.float32), 1)
+    tl.store(delta + first + rows, mean, rows < n)
+    logsum, dqueries = read_row(lse + first, rows, n, float("inf"), False), tl.zeros([ROWS, D], tl.float32)
     for start in range(0, m, COLS):
         cols = start + tl.arange(0, COLS)
-        keys = read(k, skn, cols, m, features)
-        values = read(v, svn, cols, m, features)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
-        weights = tl.where(cols[None, :] < m, tl.exp2(scores - logsum[:, None]), 0.0)
+        keys, values = read(k, skn, cols, m, features, WHOLE), read(v, svn, cols, m, features, WHOLE)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        weights = tl.exp2(scores * (scale * LOG2E) - logsum[:, None])
+        if not WHOLE:
+            weights = tl.where(cols[None, :] < m, weights, 0.0)
         dweights = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
         dscores = weights * (dweights - mean[:, None])
         dqueries = tl.dot(dscores.to(keys.dtype), keys, dqueries, input_precision=PRECISION)
-    dq = head_of(dq, sdb, sdh, heads)
-    write(dq, sdn, rows, n, features, (dqueries * scale))
+    write(dq, sdn, rows, n, features, dqueries * scale)
 
 
 def blocks(pass_, q, k):
@@ -132,7 +136,7 @@ def blocks(pass_, q, k):
     if pass_ == "forward" and m <= 128 and not full:  # all keys in one block
         return 64, max(16, triton.next_power_of_2(m)), 4, 1
     if full:
-        return 32, 32 if d < 128 else 16, 8, 1
+        return 16 if d == 128 and pass_ == "queries" else 32, 32 if d < 128 else 16, 8, 1
     if pass_ == "forward":
         return (64, 64, 4, 2) if n <= 2048 or d == 128 else (128, 64, 4, 3)
     if d == 128:
@@ -160,18 +164,17 @@ class FlashAttention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, out, lse = ctx.saved_tensors
         (b, n, h, d), m, grad = q.shape, k.shape[1], grad if grad.stride(-1) == 1 else grad.contiguous()
-        delta = (out.float() * grad.float()).sum(-1).transpose(1, 2).contiguous()  # [B,h,N]
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        strides = [stride for x in (q, k, v, grad) for stride in x.stride()[:3]]
+        delta, strides = torch.empty_like(lse), [stride for x in (q, k, v, grad) for stride in x.stride()[:3]]
         shared = {"D": d, "PRECISION": precision(q)}
+        rows, cols, warps, stages = blocks("queries", q, k)
+        queries_kernel[(triton.cdiv(n, rows), b * h)](  # first, for it makes delta
+            q, k, v, grad, out, lse, delta, dq, *strides, *out.stride()[:3], *dq.stride()[:3], h, n, m, d ** -0.5,
+            ROWS=rows, COLS=cols, WHOLE=m % cols == 0, num_warps=warps, num_stages=stages, **shared)
         rows, cols, warps, stages = blocks("keys", q, k)
         keys_kernel[(triton.cdiv(m, cols), b * h)](
             q, k, v, grad, lse, delta, dk, dv, *strides, *dk.stride()[:3], h, n, m, d ** -0.5, ROWS=rows, COLS=cols,
-            num_warps=warps, num_stages=stages, **shared)
-        rows, cols, warps, stages = blocks("queries", q, k)
-        queries_kernel[(triton.cdiv(n, rows), b * h)](
-            q, k, v, grad, lse, delta, dq, *strides, *dq.stride()[:3], h, n, m, d ** -0.5, ROWS=rows, COLS=cols,
-            num_warps=warps, num_stages=stages, **shared)
+            WHOLE=n % rows == 0, num_warps=warps, num_stages=stages, **shared)
         return dq, dk, dv
 
 

@@ -3,8 +3,9 @@
     python tests/benchmarks/attention.py [--rounds 30]
 
 Interleaved in one process on the same inputs; the median on a GPU (events), the smallest processor time of one thread
-on a CPU, where other programs run too. On a GPU also forward and backward together. A kernel that gives other numbers
-than the formula in float32 is an error.
+on a CPU, where other programs run too. On a GPU also forward and backward together; there ten calls are one CUDA graph,
+for Python takes longer to start the small ones than the GPU to run them. A kernel that gives other numbers than the
+formula in float32 is an error. Writes attention-gpu.json there.
 """
 
 import argparse
@@ -22,6 +23,7 @@ SHAPES = {"self, 64x64 latents": (10, 4096, 4096), "self, 32x32 latents": (20, 1
           "text, 64x64 latents": (10, 4096, 77), "text, 32x32 latents": (20, 1024, 77)}
 PEERS = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
          "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION}
+CALLS = 10 if GPU else 1  # in a graph
 OURS = ["chunked", "triton"] if GPU else ["math", "chunked"]
 
 
@@ -42,9 +44,31 @@ def candidates():
     return found | {f"minipic {name}": partial(attention, backend=name) for name in OURS}
 
 
-def backward(run, q, k, v):
+def backward(run, q, k, v, grad):
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    torch.autograd.grad(run(*leaves).sum(), leaves)
+    torch.autograd.grad(run(*leaves), leaves, grad)
+
+
+def recorded(work):
+    """work(), CALLS times, as a CUDA graph where there is a GPU."""
+    if not GPU:
+        return work
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            work()
+    return graph.replay
+
+
+def times(works, rounds):
+    """{name: {"ms": of one call, "speed over sdpa": ...}}"""
+    seconds = measure({name: recorded(work) for name, work in works.items()}, rounds)
+    return {name: {"ms": 1e3 * t / CALLS, "speed over sdpa": seconds["sdpa"] / t} for name, t in seconds.items()}
 
 
 def compare(shape, dtype, rounds):
@@ -57,12 +81,10 @@ def compare(shape, dtype, rounds):
             error = (run(q, k, v).float() - expected).abs().max().item() / expected.abs().max().item()
         assert error < (1e-5 if dtype == torch.float32 else 2e-2), f"{name} is wrong by {error:.1e}"
         works[name] = torch.no_grad()(partial(run, q, k, v))
-    seconds = measure(works, rounds)
-    rows = {"forward": {name: {"ms": 1e3 * t, "speed over sdpa": seconds["sdpa"] / t} for name, t in seconds.items()}}
+    rows = {"forward": times(works, rounds)}
     if GPU:
-        both = measure({name: partial(backward, run, q, k, v) for name, run in candidates().items()}, rounds)
-        rows["forward and backward"] = {name: {"ms": 1e3 * t, "speed over sdpa": both["sdpa"] / t}
-                                        for name, t in both.items()}
+        works = {name: partial(backward, run, q, k, v, torch.randn_like(q)) for name, run in candidates().items()}
+        rows["forward and backward"] = times(works, rounds)
     return rows
 
 
@@ -78,8 +100,8 @@ def main():
             results[label] = compare(shape, dtype, options.rounds)
             for direction, rows in results[label].items():
                 print(f"{label}, {direction}: " + "  ".join(
-                    f"{kind} {row['ms']:.2f} ms ({row['speed over sdpa']:.2f}x)" for kind, row in rows.items()))
-    print(record("attention", results))
+                    f"{kind} {row['ms']:.3f} ms ({row['speed over sdpa']:.2f}x)" for kind, row in rows.items()))
+    print(record("attention-gpu" if GPU else "attention", results, rounds=options.rounds, calls=CALLS))
 
 
 if __name__ == "__main__":

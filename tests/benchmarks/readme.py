@@ -122,7 +122,7 @@ def speed_table(folder=Path(__file__).parent):
         f"`{found['command']}`, {found['date']}, {found['gpu'] or found['cpu']}, torch {found['torch']}."
         for found in measured)]
     yield ("On a GPU, diffusers compiled (`unet_step.py` without `--compile 0`) and the other programs: not yet measured. "
-           "\"triton norms\": minipic's kernels for all but attention; none of its kernels is a default yet.")
+           "\"minipic graph\" is what sample.py does there; \"triton attention\" is ours instead of PyTorch's.")
     yield ""
 
 
@@ -135,8 +135,9 @@ def attention_table(path=Path(__file__).with_name("attention-gpu.json")):
         yield from ["", "| attention, ms | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
         yield from (f"| {case} | " + " | ".join(f"{row[name]['ms']:.3f}" for name in names) + " |"
                     for case, row in rows.items())
-        yield from ["", f"`{found['command']}`, {found['date']}, {found['gpu']}, torch {found['torch']}. PyTorch's kernels are "
-                    "the faster ones at every shape, and so they are what is used.", ""]
+        one = "" if "calls" in found else "Each call by itself, what Python takes to start it included. "
+        yield from ["", f"{one}`{found['command']}`, {found['date']}, {found['gpu']}, torch {found['torch']}. PyTorch's kernels "
+                    "are the faster ones at every shape, and so they are what is used.", ""]
 
 
 def program_lines(path=Path(__file__).with_name("programs.json")):

@@ -105,13 +105,15 @@ def unet_inputs(unet, case, batch):
     return made | {"t": torch.full((batch,), 501.0, device=DEVICE), "size_ids": sizes.repeat(batch, 1)}
 
 
-def with_triton(work, attention_too=True):
-    """The same work with minipic's own kernels wherever they can do it, or for what is not attention."""
+def with_kernels(work, norms="triton", attend="triton"):
+    """The same work with these kernels for the norms and, where ours can do it, for attention (None: as chosen)."""
     chosen = attention.choose
 
+    def choose(q, k):
+        return attend if attend and q.shape[-1] in (32, 64, 128) else chosen(q, k)
+
     def run():
-        with (mock.patch.object(blocks, "choose", lambda: "triton"), mock.patch.object(
-                attention, "choose", lambda q, k: "triton" if attention_too and q.shape[-1] in (32, 64, 128) else chosen(q, k))):
+        with mock.patch.object(blocks, "choose", lambda x: norms), mock.patch.object(attention, "choose", choose):
             return work()
     return run
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from record import record
-from side_by_side import GPU, Case, compare, flops, options, peer_of, unet_inputs, with_triton
+from side_by_side import GPU, Case, compare, flops, options, peer_of, unet_inputs, with_kernels
 
 from minipic.layers import lora
 
@@ -57,7 +57,7 @@ def run(case: Case, batch, rounds):
                                                             added_cond_kwargs=added).sample, target),
              "minipic": trainer(unet, lambda model: model(**given), target)}
     if GPU:
-        works["minipic triton"] = with_triton(works["minipic"])
+        works["minipic triton"] = with_kernels(works["minipic"])
     losses = {name: work().item() for name, work in works.items()}  # before anything is learnt
     assert abs(losses["minipic"] / losses["diffusers"] - 1) < (1e-4 if case.kind == "fp32" else 2e-2), losses
 

@@ -3,13 +3,13 @@
     python tests/benchmarks/unet_step.py [sdxl-512-bf16 tiny-64-fp32 ...] [--batch 2] [--rounds 30]
 
 The text is read once a drawing, so that its keys and values are no part of minipic's step; diffusers has no such place.
-On a CPU both run as they come. On a GPU diffusers also compiled, minipic also as one CUDA graph, with PyTorch's kernels
-and with its own. `--compile 0` leaves out the compiled one, which takes minutes. Writes unet_step-gpu.json there.
+On a CPU both run as they come. On a GPU diffusers also compiled, minipic also as one CUDA graph, as it draws there, and
+that with other kernels. `--compile 0` leaves out the compiled one, which takes minutes. Writes unet_step-gpu.json there.
 """
 
 import torch
 from record import record
-from side_by_side import GPU, Case, agree, compare, compiled, flops, options, peer_of, unet_inputs, with_triton
+from side_by_side import GPU, Case, agree, compare, compiled, flops, options, peer_of, unet_inputs, with_kernels
 
 from minipic.layers.graph import graphed
 
@@ -30,8 +30,8 @@ def run(case: Case, batch, rounds, max_autotune=True):
             fast = compiled(peer_of(unet))
             works["diffusers compiled"] = lambda: fast(x, t, given["context"], added_cond_kwargs=added).sample
         works["minipic graph"] = graphed(works["minipic"])
-        works["minipic triton norms graph"] = graphed(with_triton(works["minipic"], attention_too=False))
-        works["minipic triton graph"] = graphed(with_triton(works["minipic"]))
+        works["minipic graph, plain norms"] = graphed(with_kernels(works["minipic"], "plain", None))
+        works["minipic graph, triton attention"] = graphed(with_kernels(works["minipic"]))
     agree(works, 1e-4 if case.kind == "fp32" else 5e-2)
     count = flops(unet, lambda meta: meta(x.to("meta"), t.to("meta"), given["context"].to("meta"),
                                           *(value.to("meta") for value in rest)))
