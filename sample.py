@@ -7,11 +7,13 @@
     python sample.py "a cat" --model weights/sdxl-base --lora style.safetensors:0.8
     python sample.py "a red cube" --controlnet runs/controlnet/model --control edges.png --control-scale 0.8
     python sample.py "make the cube green" --model runs/edit/model --edit picture.png --image-guidance 1.5
+    python sample.py "make the cube green" --lora runs/onepic/model/lora.safetensors --source picture.png
     python sample.py --from pictures/grid.png --steps 50                     the settings of an earlier picture again
     torchrun --nproc_per_node=2 sample.py --prompts prompts.txt              several GPUs share the prompts
 """
 
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -24,6 +26,7 @@ from tqdm import tqdm
 
 from minipic.common import InputError, bounded, computes_bf16, enough_memory, from_argv, option
 from minipic.image import labelled_grid, open_picture, read_settings, save_new, to_tensor
+from minipic.methods import onepic
 from minipic.pipeline import Pipeline
 from minipic.weights import writable
 
@@ -58,6 +61,8 @@ class Settings:
     control_scale: tuple[float, ...] = option((), "how closely, 1 as trained, 0 off; none, or once for each ControlNet")
     edit: str = option(None, "picture to change as the prompt says, with a model that was trained to edit")
     image_guidance: float = option(1.5, "how much to stay with --edit; 1 or less turns it off")
+    source: str = option(None, "picture to draw beside, with a --lora of train.py onepic; --image and --mask: what of the "
+                         "drawn picture is given too, where the mask is black")
     original_size: str = option(None, "WIDTHxHEIGHT that SDXL is told the training picture had; --size if left out")
     crop: str = option("0,0", "LEFT,TOP of the cut that SDXL is told was made from that picture")
     target_size: str = option(None, "WIDTHxHEIGHT that SDXL is told was wanted; --size if left out")
@@ -147,6 +152,20 @@ def open_controls(config):
     return [(open_picture(name), scale) for name, scale in zip(names, scales)]
 
 
+def open_source(config):
+    """(picture, onepic.Context) of --source, or two Nones."""
+    if not config.source:
+        return None, None
+    others = {"--refiner": config.refiner, "--controlnet": config.controlnet, "--edit": config.edit}
+    for flag in (flag for flag, value in others.items() if value):
+        raise InputError(f"--source: draws beside a picture as its LoRA was taught; leave {flag} out")
+    if not config.lora:
+        raise InputError("--source: needs --lora, a LoRA of train.py onepic")
+    if config.image and not config.mask:
+        raise InputError("--image: with --source it needs --mask, black where --image is given")
+    return open_picture(config.source), onepic.context_of(cut(config.lora[0])[0])
+
+
 def read_prompts(config):
     """All prompts; those that this process draws are every WORLD_SIZE-th."""
     prompts = list(config.prompt)
@@ -207,31 +226,37 @@ def draw(config):
     device, dtype = choose(config, int(os.environ.get("LOCAL_RANK", 0)))
     prompts, (single, together) = read_prompts(config)[rank::world], place(config)
     image, mask, edit = (open_picture(name) if name else None for name in (config.image, config.mask, config.edit))
-    control = open_controls(config)
+    control, (source, how) = open_controls(config), open_source(config)
     load = {"dtype": DTYPES[dtype], "device": device, "lazy": True, "check_hashes": config.verify, "cast": True}
     pipeline = Pipeline.load(config.model, vae=config.vae, **load)
     add_files(pipeline, config)
     refiner = Pipeline.load(config.refiner, **load) if config.refiner else None
-    size, sampler, grid = pipeline.plan(config.steps, config.n, pair(config.size, "size", "x"), config.sampler, image,
-                                        config.strength, mask, control, edit, config.image_guidance, refiner,
-                                        config.graph)
+    size = pair(config.size, "size", "x") or (how.size if how else None)
+    size, sampler, grid = pipeline.plan(config.steps, config.n, size, config.sampler, image,
+                                        1.0 if how else config.strength, mask, control, edit, config.image_guidance,
+                                        refiner, config.graph)
     given = {"negative": config.negative, "steps": config.steps, "guidance": config.guidance, "size": size,
-             "sampler": sampler, "image": image, "strength": config.strength, "mask": mask, "refiner": refiner,
-             "control": control, "edit": edit, "image_guidance": config.image_guidance, "graph": config.graph,
+             "sampler": sampler, "mask": mask, "graph": config.graph,
              "original_size": pair(config.original_size, "original-size", "x"), "crop": pair(config.crop, "crop", ","),
              "target_size": pair(config.target_size, "target-size", "x")}
+    whole, steps = size, functools.partial(
+        pipeline.steps, image=image, strength=config.strength, refiner=refiner, control=control, edit=edit,
+        image_guidance=config.image_guidance)
+    if how:
+        whole, steps = (2 * size[0], size[1]), functools.partial(
+            onepic.steps, pipeline, source=source, how=how, target=image)
     for prompt in prompts:  # all of them, before the text encoders make room for the UNet
         for model in filter(None, (pipeline, refiner)):
-            model.encode(prompt, config.negative)
+            model.encode(how.said(prompt) if how else prompt, config.negative)
 
     for prompt in prompts:
         kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in FORGET}
         kept |= {"prompt": prompt, "dtype": dtype, "sampler": sampler, "size": "{}x{}".format(*size)}
         pictures, frames = [], []
         while len(pictures) < config.n:
-            seed, n = config.seed + len(pictures), min(config.n - len(pictures), pipeline.at_once(size))
-            steps = pipeline.steps(prompt, **given, seed=seed, n=n)
-            for x, x0 in tqdm(steps, prompt[:40], len(grid), disable=rank > 0, leave=False, mininterval=0):
+            seed, n = config.seed + len(pictures), min(config.n - len(pictures), pipeline.at_once(whole))
+            drawing = steps(prompt, **given, seed=seed, n=n)
+            for x, x0 in tqdm(drawing, prompt[:40], len(grid), disable=rank > 0, leave=False, mininterval=0):
                 if config.film and not pictures:
                     frames.append(x0[:1])
             for picture in pipeline.decode(x):

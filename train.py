@@ -26,7 +26,8 @@ from minipic.image import loss_curve
 from minipic.weights import replacing, writable
 
 RECIPES = {name: f"minipic.methods.{name}"
-           for name in ("judge", "clip", "vae", "t2i", "dreambooth", "inversion", "controlnet", "edit")}
+           for name in ("judge", "clip", "vae", "t2i", "dreambooth", "inversion", "controlnet", "edit",
+                        "onepic")}
 
 
 def main(argv=None):

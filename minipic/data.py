@@ -85,12 +85,13 @@ def compose(seed, index):
 @dataclass(frozen=True)
 class Pair:
     """A pair of one of world/tasks.py's TASKS as a training picture, with all that a Picture can: source, which is
-    given, and image, which is wanted, both [3,H,W] in 8 bits; `scene` is what image shows."""
+    given, and image, which is wanted, both [3,H,W] in 8 bits; `scene` is what image shows, `mask` the task's [1,H,W]."""
 
     source: torch.Tensor
     image: torch.Tensor
     text: str
     scene: object
+    mask: torch.Tensor | None
 
     @property
     def size(self):
@@ -114,5 +115,5 @@ def pairs(task, seed, indices, size, chunk=64):
     for start in range(0, len(indices), chunk):
         made = TASKS[task](seed, indices[start:start + chunk], size)
         levels = (((x + 1) * 127.5).round().to(torch.uint8) for x in (made.source, made.target))
-        found += map(Pair, *levels, made.prompts, made.scenes)
+        found += map(Pair, *levels, made.prompts, made.scenes, made.truth.get("mask", [None] * len(made.prompts)))
     return found

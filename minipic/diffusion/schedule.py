@@ -250,8 +250,8 @@ class Eps:
         """|d to_x0 / d prediction|^2"""
         return sigma**2
 
-    def loss(self, predict, x0, noise, t, min_snr=None, balanced=False):
-        """Squared error of a prediction -> [B].
+    def loss(self, predict, x0, noise, t, min_snr=None, balanced=False, where=None):
+        """Squared error of a prediction -> [B]; `where`: the part that counts, bool, broadcasts to x0.
 
         `predict(x, t)`: the network; x0, noise [B,...]; t: training timesteps [B] (or [B,F], one a frame), best left
         on the CPU. `min_snr`: gamma of Min-SNR weighting (2303.09556), by which the error in x0 weighs min(snr, gamma).
@@ -266,7 +266,10 @@ class Eps:
             error = error * 2 * self.snr(sigma).sqrt() * self.gain(sigma)
         elif min_snr is not None:
             error = error * self.snr(sigma).clamp(max=min_snr) * self.gain(sigma)
-        return error.flatten(1).mean(1)
+        if where is None:
+            return error.flatten(1).mean(1)
+        where = where.expand_as(error).flatten(1)
+        return (error.flatten(1) * where).sum(1) / where.sum(1)
 
     def denoiser(self, predict, grid=None):
         """A function denoise(x, sigma) -> x0 for the samplers, from the network `predict(x, t)` (guidance inside).

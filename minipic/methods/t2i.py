@@ -260,15 +260,16 @@ def encode_pictures(vae, pictures, chunk=64):
     return latents
 
 
-def loss(pipeline, batch, config, network=None):
-    """The objective's loss of a batch -> scalar. `network`: what predicts, if not the UNet."""
+def loss(pipeline, batch, config, network=None, where=None):
+    """The objective's loss of a batch -> scalar. `network`: what predicts, if not the UNet; `where`: the part of x0 that
+    counts, if not all."""
     context, pooled = ((batch["context"], batch.get("pooled")) if "context" in batch else
                        encode_batch(pipeline, batch["captions"], config.train_text))
 
     def predict(x, t):
         return (network or pipeline.unet)(x, t, context, pooled, batch["size_ids"])
     return pipeline.schedule.objective.loss(predict, batch["x0"], batch["noise"], batch["t"].cpu(),
-                                            config.min_snr or None, config.balanced).mean()
+                                            config.min_snr or None, config.balanced, where).mean()
 
 
 def encode_batch(pipeline, captions, train_text):

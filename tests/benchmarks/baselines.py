@@ -40,6 +40,7 @@ from cases import CASES, REFERENCES  # noqa: E402
 from record import processor, record  # noqa: E402
 
 import train  # noqa: E402
+from minipic.methods import onepic  # noqa: E402
 from minipic.pipeline import Pipeline  # noqa: E402
 from minipic.weights import sha256  # noqa: E402
 from minipic.world import probe  # noqa: E402
@@ -60,6 +61,7 @@ class Entry(NamedTuple):
 PHOTOS = " --data {photos} --warmup 20 "
 DREAMBOOTH = "dreambooth" + PHOTOS + '--caption "a sks {shape}" --prior "a {color} {shape}" '
 LORA = "--lora-rank 16 --lr 1e-3"
+ONEPIC = "onepic --balanced --scenes 1000 --warmup 30 --task "
 ENTRIES = {
     "DreamBooth, full": Entry("subject", DREAMBOOTH + "--lr 1e-4", (50, 100, 200), "model", "--prior-pictures 1"),
     "DreamBooth, LoRA": Entry("subject", DREAMBOOTH + LORA, (50, 100, 200), "lora", "--prior-pictures 1"),
@@ -70,7 +72,14 @@ ENTRIES = {
     **{f"ControlNet, {name}": Entry("control", f"controlnet --control {name} --balanced --scenes 1000 --batch 16 "
                                     "--warmup 30 --lr 1e-3", (100, 200, 400), "controlnet", "--scenes 4")
        for name in ("edges", "depth", "segmentation")},
+    **{f"ONE-PIC, {name}": Entry("control", f"{ONEPIC}{name}", (100, 200, 400), "onepic", "--scenes 4")
+       for name in ("edges", "depth")},
+    **{f"ONE-PIC, edges, {visible}, {counted}": Entry(
+        "control", f"{ONEPIC}edges --batch 8 --visible {visible} --loss-on {counted}", (200,), "onepic", "--scenes 4")
+       for visible in ("clean", "noised") for counted in ("masked", "all")},
     "InstructPix2Pix": Entry("edit", "edit --batch 16 --scenes 5000", (600, 1200, 2400), "model", "--scenes 4"),
+    "ONE-PIC": Entry("edit", "onepic --task edit --balanced --scenes 5000 --warmup 30", (300, 600), "onepic",
+                     "--scenes 4"),
 }
 
 
@@ -78,13 +87,15 @@ ENTRIES = {
 
 def load(model, kind, folder):
     """(the model with what a recipe wrote into `folder`, as a user loads it; the bytes of that)."""
-    name = {"lora": "lora", "embedding": "new", "controlnet": "diffusion_pytorch_model", "model": "*/*"}[kind]
+    name = {"lora": "lora", "onepic": "lora", "embedding": "new", "controlnet": "diffusion_pytorch_model",
+            "model": "*/*"}[kind]
     paths = list(folder.glob(f"{name}.safetensors"))
     pipeline = Pipeline.load(folder if kind == "model" else model)
     if kind == "controlnet":
         pipeline.add_control(folder)
     elif kind != "model":
-        {"lora": pipeline.add_lora, "embedding": pipeline.add_embedding}[kind](paths[0])
+        {"lora": pipeline.add_lora, "onepic": pipeline.add_lora, "embedding": pipeline.add_embedding}[kind](paths[0])
+        pipeline.how = onepic.context_of(paths[0]) if kind == "onepic" else None
     return pipeline, sum(path.stat().st_size for path in paths)
 
 

@@ -7,6 +7,7 @@ occurs in no training picture. Prints a table and writes quality.json beside thi
 """
 
 import argparse
+import contextlib
 import statistics
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from record import record  # noqa: E402
 
 from minipic.common import computes_bf16, random  # noqa: E402
 from minipic.diffusion.samplers import SAMPLERS  # noqa: E402
+from minipic.methods import onepic  # noqa: E402
 from minipic.pipeline import Pipeline  # noqa: E402
 from minipic.text import Conditioning, encode  # noqa: E402
 from minipic.world import metrics, probe  # noqa: E402
@@ -40,13 +42,17 @@ def requests(objects, held_out, count):
 
 
 @torch.no_grad()
-def draw(pipeline, prompts, seed, steps=30, guidance=5.0, batch=64, hints=None, edits=None, image_guidance=1.5):
+def draw(pipeline, prompts, seed, steps=30, guidance=5.0, batch=64, hints=None, edits=None, image_guidance=1.5,
+         sources=None, how=None):
     """One picture for each prompt -> [B,3,64,64]; picture i has seed + i, as `generate` would draw it. hints [B,3,64,64]
-    in 0..1: what the ControlNet follows; edits [B,3,64,64] in -1..1: the pictures to change."""
+    in 0..1: what the ControlNet follows; edits [B,3,64,64] in -1..1: the pictures to change; sources, the same: those
+    beside which to draw with a LoRA whose onepic.Context is `how`."""
     pipeline.to(memory_format=torch.channels_last)  # the fast order for 16 bits, see layouts.order
-    images, device = [], pipeline.device
-    sizes = (pipeline.size, (0, 0), pipeline.size)
-    shape = (4, *(side // pipeline.vae.config.factor for side in pipeline.size[::-1]))
+    images, device, (width, height) = [], pipeline.device, pipeline.size
+    if how:
+        prompts, width = [how.said(prompt) for prompt in prompts], 2 * width
+    sizes = ((width, height), (0, 0), (width, height))
+    shape = (4, *(side // pipeline.vae.config.factor for side in (height, width)))
     for start in tqdm(range(0, len(prompts), batch), "drawing", leave=False):
         part = prompts[start:start + batch]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
@@ -54,7 +60,9 @@ def draw(pipeline, prompts, seed, steps=30, guidance=5.0, batch=64, hints=None, 
         uncond = Conditioning(*(torch.zeros_like(x) for x in cond[:2]))
         grid = pipeline.schedule.grid(steps)
         x = grid.start * torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device)), contextlib.ExitStack() as stack:
+            if how:
+                stack.enter_context(shown_beside(pipeline, sources[start:start + batch], how, seed + start))
             follow = [] if hints is None else [
                 ("controlnet", hints[start:start + batch].repeat(1 + (guidance > 1), 1, 1, 1), 1.0)]
             beside = None if edits is None else pipeline.vae.encode(edits[start:start + batch])[0]
@@ -62,8 +70,18 @@ def draw(pipeline, prompts, seed, steps=30, guidance=5.0, batch=64, hints=None, 
             denoise = pipeline.schedule.objective.denoiser(predict, grid)
             for x, _ in SAMPLERS["euler"](denoise, x, grid.sigmas):
                 pass
+            x = x.chunk(2, dim=3)[1] if how else x
             images.append(pipeline.vae.decode(pipeline.vae.unscale(x)).float().clamp(-1, 1))
     return torch.cat(images)
+
+
+def shown_beside(pipeline, sources, how, seed):
+    """onepic.shown of a picture a row, with the noise that onepic.steps draws for its seed."""
+    given = pipeline.vae.scale(pipeline.vae.encode(sources.to(pipeline.device))[0].float())
+    known = onepic.beside(given, torch.zeros_like(given))
+    noise = torch.stack([torch.randn(known.shape[1:], generator=random(seed + i, "given")) for i in range(len(known))])
+    right = torch.arange(known.shape[3]) >= given.shape[3]
+    return onepic.shown(pipeline, known, noise.to(known), right.to(known.device), how.visible)
 
 
 def main():
