@@ -244,7 +244,7 @@ def test_with_the_cache_training_is_the_same_bits(name, folder, tmp_path, monkey
                for other in others)
 
 
-@pytest.mark.parametrize("name", [*RECIPES, "controlnet", "edit"])
+@pytest.mark.parametrize("name", [*RECIPES, "controlnet", "edit", "onepic"])
 def test_a_recipe_that_was_cut_goes_on_with_the_same_bits(name, folder, tmp_path):
     if name == "inversion":
         (folder / "a.txt").write_text("one cube")

@@ -1,6 +1,7 @@
 """ONE-PIC: the identities that hold before any training, the recipe, and drawing from Python and the command line."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 
 import peers
@@ -145,6 +146,49 @@ def test_only_the_lora_learns_and_at_first_changes_no_bit():
         (sum(module.weight.shape) for module in lora.layers(pipeline.unet).values())) // 2
 
 
+@pytest.fixture
+def photos(tmp_path):
+    """Three pairs of photos, two wide ones and a square one, with masks."""
+    for kind in ("target", "source", "mask"):
+        (tmp_path / kind).mkdir()
+    for i, size in enumerate(((96, 48), (96, 48), (80, 80))):
+        for kind in ("target", "source", "mask"):
+            image = mask() if kind == "mask" else picture(i + 5 * (kind == "target"))
+            image.resize(size).save(tmp_path / kind / f"{i}.png")
+        (tmp_path / "target" / f"{i}.txt").write_text(f"cube {i}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_batches_of_a_folder(photos, masked):
+    if not masked:
+        shutil.rmtree(photos / "mask")
+    config = config_of(data=str(photos), prompt="a sketch | {text}")
+    pipeline = onepic.build(config)
+    batch_of = onepic.data(pipeline, config)
+    assert pipeline.how == onepic.Context("clean", "a sketch | {text}", (80, 48)) and len(pipeline.examples) == 3
+    seen = set()
+    for step in range(6):
+        batch = batch_of(step, range(3 * step, 3 * step + 3))
+        width, height = (80, 48) if 2 not in batch["rows"] else (64, 64)
+        assert batch["size_ids"].tolist() == 3 * [[height, 2 * width, 0, 0, height, 2 * width]]
+        for k, row in enumerate(batch["rows"]):
+            seen.add(row)
+            target, source, part = (open_picture(photos / kind / f"{row}.png") if kind != "mask" or masked else None
+                                    for kind in ("target", "source", "mask"))
+            assert batch["captions"][k] == f"a sketch | cube {row}"
+            target, source = (to_tensor(onepic.cover(x, (width, height))) for x in (target, source))
+            part = white(part, (width, height)).bool() if masked else torch.ones(1, height, width, dtype=torch.bool)
+            with torch.no_grad():
+                left, right = pipeline.vae.scale(pipeline.vae.encode(torch.stack(
+                    [source, torch.where(part, onepic.GREY / 127.5 - 1, target)]))[0])
+            known, where = batch["known"][k].chunk(2, dim=2), batch["mask"][k].chunk(2, dim=2)
+            assert (known[0] - left).abs().max() < 0.05 * left.abs().max()
+            assert not masked or (known[1] - right).abs().max() < 0.05 * right.abs().max()
+            assert not where[0].any() and torch.equal(where[1], onepic.latent_mask(part.float(), 4)[0].bool())
+    assert seen == {0, 1, 2}
+
+
 # Drawing ------------------------------------------------------------------------------------------------------------
 
 def drawn(how, pipeline=None, **settings):
@@ -287,7 +331,39 @@ def onepic_model():
     return pipeline.unet
 
 
+def test_from_ones_own_pictures_to_a_picture(photos):
+    out, flags = photos / "out", ["--prompt", "a sketch | {text}", "--steps", "1", "--batch", "2", "--lora-rank", "2"]
+    (photos / "data").mkdir()
+    for kind in ("target", "source", "mask"):
+        shutil.move(photos / kind, photos / "data" / kind)
+    flags += ["--data", str(photos / "data"), "--cache", str(photos / "kept"), "--model", str(tiny.folder())]
+    assert train.main(["onepic", *flags, "--out", str(out)]) == 0
+    assert open_picture(out / "model" / "example.png").size == (80, 48) and (out / "samples/step-000001.png").exists()
+    given = ["--lora", str(out / "model/lora.safetensors"), "--source", str(photos / "data/source/0.png"), "--n", "1"]
+    assert sample.main(["cube", "--model", str(tiny.folder()), *given, "--device", "cpu", "--steps", "2", "--out",
+                        str(photos / "drawn.png")]) == 0
+    assert open_picture(photos / "drawn.png").size == (80, 48)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda path: (path / "source/1.png").unlink(), "source/ lacks 1 of the pictures in target/, the first is 1"),
+    (lambda path: (path / "mask/2.png").unlink(), "mask/ lacks 1 of the pictures in target/, the first is 2"),
+    (lambda path: shutil.rmtree(path / "target"), "target: no such folder"),
+    (lambda path: (path / "source/0.png").write_bytes(b"no"), "0.png: "),
+    (lambda path: mask().resize((96, 96)).save(path / "mask/0.png"), "0.png has 96x96 pixels and its picture 96x48"),
+    (lambda path: mask().point(lambda x: 0).resize((96, 48)).save(path / "mask/1.png"), "1.png: hardly anything is white"),
+    (lambda path: (path / "target/1.txt").unlink(), "1 problems, listed above")])
+def test_a_folder_that_is_wrong_is_told(photos, change, words, capsys):
+    change(photos)
+    flags = ["--data", str(photos), "--prompt", "a sketch | {text}", "--model", str(tiny.folder()), "--out"]
+    assert train.main(["onepic", *flags, str(photos.with_name("out"))]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("train.py: ") and words in error
+
+
 @pytest.mark.parametrize("flags, words", [
+    ("--data here", '--data: say in --prompt what is given'),
+    ("--cache here", "--cache here: must be a folder"),
     ("--prompt two", "--prompt two: lacks {text}"), ("--task colours", "invalid choice: 'colours'"),
     ("--lora-rank 0", "--lora-rank must be at least 1"), ("--side 60", "--side must be a multiple of 16"),
     ("--visible dim", "invalid choice: 'dim'"), ("--loss-on none", "invalid choice: 'none'")])

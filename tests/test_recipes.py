@@ -11,7 +11,7 @@ import torch
 import train
 from minipic.common import random
 from minipic.data import KINDS, Picture, compose
-from minipic.methods import clip, controlnet, edit, inversion, t2i, vae
+from minipic.methods import clip, controlnet, edit, inversion, onepic, t2i, vae
 from minipic.pipeline import Pipeline
 from minipic.world.caption import parse
 from minipic.world.scene import is_held_out, render
@@ -171,7 +171,7 @@ def test_every_trained_weight_gets_a_gradient():
 
 @pytest.mark.parametrize("recipe, settings, stays", [
     (t2i, {}, False), (t2i, {"lora_rank": 2}, True), (inversion, {"data": "photos", "like": "cube"}, True),
-    (controlnet, {}, True), (edit, {}, False)])
+    (controlnet, {}, True), (edit, {}, False), (onepic, {}, True)])
 def test_what_trains_is_in_fp32_and_what_stays_as_the_arithmetic(recipe, settings, stays):
     from tiny import folder
     for precision in ("bf16", "fp32"):

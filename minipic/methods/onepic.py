@@ -9,14 +9,18 @@ convolutions and attention would carry the answer into the half that is given.
 """
 
 import json
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 
 from minipic.adapters import TOKENIZERS
 from minipic.common import InputError, from_json, option, random
-from minipic.image import cover, flatten, labelled_grid, to_pictures, to_tensor, white
+from minipic.data import Pair
+from minipic.folder import SUFFIXES
+from minipic.image import cover, flatten, labelled_grid, open_picture, to_pictures, to_tensor, white
 from minipic.layers import lora
 from minipic.methods import t2i
 from minipic.pipeline import latent_mask
@@ -26,17 +30,20 @@ GIVEN = {"edges": "its edges", "depth": "its depth", "normals": "its normals", "
          "boxes": "boxes around its objects", "blur": "a blurred picture", "small": "a picture of few pixels",
          "masked": "a picture with a hole", "edit": "the picture before", "view": "another view",
          "subject": "the same object", "wear": "the garment"}  # every task, and what the prompt calls the given half
-GREY = 128  # what hides the part of the wanted picture that is to be drawn, where the rest of it is given
+GREY = 128  # hides the part of the wanted picture that is to be drawn, where the rest of it is given
 
 
 @dataclass
-class Recipe(t2i.Pairs):
-    """Teach a model a task by a LoRA: given and wanted pictures of the world side by side, the wanted one to draw."""
+class Recipe(t2i.Pairs, t2i.Photos):
+    """Teach a model a task by a LoRA: given and wanted picture side by side, of the world or of a folder (--data)."""
 
-    task: str = option("edges", "what is given: a task of minipic/world/tasks.py", tuple(GIVEN))
+    data: str = option("", "folder with target/ (pictures with captions), source/ (what is given, of the same names) and "
+                       "perhaps mask/ (white where to draw); empty: the world")
+    task: str = option("edges", "the world's pairs: a task of minipic/world/tasks.py", tuple(GIVEN))
     visible: str = option("clean", "how the UNet sees what is given: clean, or as noisy as the rest", ("clean", "noised"))
     loss_on: str = option("masked", "where the prediction counts: in what is to be drawn, or in all", ("masked", "all"))
-    prompt: str = option("two panels: {given} | {text}", "the prompt of both halves together")
+    prompt: str = option("two panels: {given} | {text}", "the prompt of both halves; {text} is the wanted one's, {given} "
+                         "the task's word for the other")
     lora_rank: int = option(32, "rank of the LoRA")
     steps: int = option(1000, "optimizer steps in all")
     batch: int = option(16, "pairs a step")
@@ -49,6 +56,8 @@ class Recipe(t2i.Pairs):
         super().__post_init__()
         if "{text}" not in self.prompt:
             raise InputError(f"--prompt {self.prompt}: lacks {{text}}, where the wanted half is described")
+        if self.data and "{given}" in self.prompt:
+            raise InputError('--data: say in --prompt what is given, e.g. --prompt "two panels: a sketch | {text}"')
 
 
 @dataclass(frozen=True)
@@ -71,11 +80,6 @@ def context_of(path):
         raise InputError(f"--lora {path}: was not made by train.py onepic, and cannot draw beside --source") from None
 
 
-def context(pipeline, config):
-    size = (config.side or pipeline.size[0], config.side or pipeline.size[1])
-    return Context(config.visible, config.prompt.replace("{given}", GIVEN[config.task]), size)
-
-
 # ---- training ---------------------------------------------------------------------------------------------------
 
 def build(config):
@@ -87,32 +91,80 @@ def setup(pipeline, config):
 
 
 def data(pipeline, config):
-    """t2i's batches of canvases [B,4,h,2w]: x0, noise, `known`, of which the UNet sees what `mask` [B,1,h,2w] leaves."""
-    how, vae = context(pipeline, config), pipeline.vae
-    pictures = [replace(pair, text=how.said(pair.text))
-                for pair in t2i.pairs_of(config.task, pipeline, config, 0, config.scenes)]
-    given = t2i.encode_pictures(vae, [replace(pair, image=pair.source) for pair in pictures])
-    masks = [latent_mask(part_of(pair, config.task).float(), vae.config.factor)[0] for pair in pictures]
-    rest = given if config.task != "wear" else t2i.encode_pictures(
-        vae, [replace(pair, image=pair.image.masked_fill(pair.mask, GREY)) for pair in pictures])
-    batch_of = t2i.batches(pipeline, pictures, {}, config)
+    """t2i's batches of canvases [B,4,h,2w]: x0, noise, `known`, of which the UNet sees what `mask` [B,1,h,2w] leaves.
+
+    Besides, pipeline.how becomes the Context, and pipeline.examples four (wanted, given, mask) to show.
+    """
+    wanted, given, masks = folder_of(pipeline, config) if config.data else world_of(config, pipeline, 0, config.scenes)
+    size = Counter(picture.size for picture in wanted).most_common(1)[0][0][::-1]
+    how = pipeline.how = Context(config.visible, config.prompt.replace("{given}", GIVEN[config.task]), size)
+    pipeline.examples = list(zip(wanted, given, masks))[:4] if config.data else list(
+        zip(*world_of(config, pipeline, config.scenes, 4)))
+    wanted = [replace(picture, text=how.said(picture.text)) for picture in wanted]
+    encode = t2i.encode_photos if config.data else lambda vae, pictures, cache: t2i.encode_pictures(vae, pictures)
+    left = [latents[0] for latents in encode(pipeline.vae, given, config.cache)]
+    right, parts = left, [torch.ones(1, *latents.shape[1:]) for latents in left]
+    if masks[0] is not None:
+        chunk = 1 if config.data else 64  # photos may be large
+        right = [x[0] for x in t2i.encode_pictures(pipeline.vae, list(map(hidden, wanted, masks)), chunk)]
+        parts = [latent_mask(mask.float(), pipeline.vae.config.factor)[0] for mask in masks]
+    batch_of = t2i.batches(pipeline, wanted, {}, config)
 
     def batch(step, indices):
         found = batch_of(step, indices)
-        left, right = (torch.stack([latents[row][0].float() for row in found["rows"]]) for latents in (given, rest))
-        noise = torch.stack([torch.randn(left.shape[1:], generator=random(config.seed, "given", i)) for i in indices])
-        mask = torch.stack([masks[row] for row in found["rows"]])
-        (width, height), count = how.size, len(indices)
+        first, second, part = (torch.stack([table[row] for row in found["rows"]]).float()
+                               for table in (left, right, parts))
+        noise = torch.stack([torch.randn(first.shape[1:], generator=random(config.seed, "given", i)) for i in indices])
+        height, width = wanted[found["rows"][0]].size
         return found | {
-            "x0": beside(left, found["x0"]), "noise": beside(noise, found["noise"]), "known": beside(left, right),
-            "mask": beside(torch.zeros_like(mask), mask).bool(),
-            "size_ids": torch.tensor([[height, 2 * width, 0, 0, height, 2 * width]] * count, dtype=torch.float32)}
+            "x0": beside(first, found["x0"]), "noise": beside(noise, found["noise"]), "known": beside(first, second),
+            "mask": beside(torch.zeros_like(part), part).bool(),
+            "size_ids": torch.tensor([[height, 2.0 * width, 0, 0, height, 2 * width]] * len(indices))}
     return batch
 
 
-def part_of(pair, task):
-    """Which pixels of the wanted picture are to be drawn, bool [1,H,W]: all, but of a figure only the garment."""
-    return pair.mask if task == "wear" else torch.ones(1, *pair.size, dtype=torch.bool)
+def world_of(config, pipeline, first, count):
+    """Wanted and given pictures of a task of the world, and masks [1,H,W], true where the wanted one is to be drawn:
+    None where all of it is, as everywhere but in trying on, where only the garment is."""
+    pairs = t2i.pairs_of(config.task, pipeline, config, first, count)
+    return pairs, [replace(pair, image=pair.source) for pair in pairs], [
+        pair.mask if config.task == "wear" else None for pair in pairs]
+
+
+def folder_of(pipeline, config):
+    """The same of --data: its target/, source/ and mask/, by their names."""
+    wanted = t2i.pictures_of(pipeline, replace(config, data=str(Path(config.data, "target"))))
+    masked = Path(config.data, "mask").is_dir()
+    files = {kind: {path.stem: path for path in sorted(Path(config.data, kind).glob("*"))
+                    if path.suffix.lower() in SUFFIXES} for kind in ("source", "mask")[:1 + masked]}
+    for kind, found in files.items():
+        missing = [photo.path.stem for photo in wanted if photo.path.stem not in found]
+        if missing:
+            raise InputError(f"--data {config.data}: {kind}/ lacks {len(missing)} of the pictures in target/, the first "
+                             f"is {missing[0]}")
+    given = [replace(photo, path=path, original=open_picture(path).size[::-1])  # so that all have been opened
+             for photo in wanted for path in [files["source"][photo.path.stem]]]
+    return wanted, given, [mask_of(photo, files["mask"][photo.path.stem], pipeline.vae.config.factor) if masked else None
+                           for photo in wanted]
+
+
+def mask_of(photo, path, factor):
+    """The mask of a photo as the photo is cut. Raises InputError for one that does not fit or masks nothing."""
+    mask = open_picture(path)
+    if mask.size != photo.original[::-1]:
+        raise InputError("{} has {}x{} pixels and its picture {}x{}; make both the same size".format(
+            path, *mask.size, *photo.original[::-1]))
+    mask = white(mask, photo.size[::-1])
+    if not latent_mask(mask, factor).any():
+        raise InputError(f"{path}: hardly anything is white, so nothing is to be drawn; leave the pair out")
+    return mask.bool()
+
+
+def hidden(picture, mask):
+    """The picture with GREY where `mask` is true, as a Pair."""
+    image, = type(picture).draw([picture])
+    image = ((image + 1) * 127.5).round().to(torch.uint8).masked_fill(mask, GREY)
+    return Pair(image, image, "", None, None)
 
 
 def beside(left, right):
@@ -138,23 +190,24 @@ def loss(pipeline, batch, config):
 
 
 def sample(pipeline, config):
-    """Of four pairs that it never saw: the given picture, what it draws beside it, and the wanted one."""
+    """Four times the given picture, what it draws beside it, and the wanted one: pairs of the world that it never saw,
+    or the first of --data."""
     cells, device = [], pipeline.device.type
-    for pair in t2i.pairs_of(config.task, pipeline, config, config.scenes, 4):
-        given, wanted = to_pictures(torch.stack([pair.source, pair.image]) / 127.5 - 1)
-        part = to_pictures(part_of(pair, config.task)[None].expand(1, 3, -1, -1) * 2.0 - 1)[0]
+    for wanted, given, mask in pipeline.examples:
+        shown, drawn = to_pictures(torch.cat([torch.stack(type(x).draw([x])) for x in (given, wanted)]))
+        part = None if mask is None else to_pictures(mask.expand(1, 3, -1, -1) * 2.0 - 1)[0]
         with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):  # for two kinds of weights
-            drawn, = generate(pipeline, pair.text, given, context(pipeline, config), wanted, part, steps=20)
-        cells += [(given, GIVEN[config.task]), (drawn, pair.text), (wanted, "wanted")]
+            found, = generate(pipeline, wanted.text, shown, pipeline.how, drawn, part, steps=20, size=drawn.size)
+        cells += [(shown, "given"), (found, wanted.text), (drawn, "wanted")]
     return labelled_grid(*zip(*cells), columns=3)
 
 
 def export(pipeline, folder, config):
     """The LoRA, which says in its file how to draw with it; example.png is a given picture to try."""
     save_lora({"unet": lora.lora_state_dict(pipeline.unet)}, folder / "lora.safetensors",
-              {"onepic": json.dumps(asdict(context(pipeline, config)))})
-    pair, = t2i.pairs_of(config.task, pipeline, config, config.scenes, 1)
-    to_pictures(pair.source[None] / 127.5 - 1)[0].save(folder / "example.png")
+              {"onepic": json.dumps(asdict(pipeline.how))})
+    given = pipeline.examples[0][1]
+    to_pictures(torch.stack(type(given).draw([given])))[0].save(folder / "example.png")
 
 
 # ---- drawing ----------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ ENTRIES = {
     **{f"ONE-PIC, {name}": Entry("control", f"{ONEPIC}{name}", (100, 200, 400), "onepic", "--scenes 4")
        for name in ("edges", "depth")},
     **{f"ONE-PIC, edges, {visible}, {counted}": Entry(
-        "control", f"{ONEPIC}edges --batch 8 --visible {visible} --loss-on {counted}", (200,), "onepic", "--scenes 4")
+        "control", f"{ONEPIC}edges --batch 8 --visible {visible} --loss-on {counted}", (100, 200), "onepic", "--scenes 4")
        for visible in ("clean", "noised") for counted in ("masked", "all")},
     "InstructPix2Pix": Entry("edit", "edit --batch 16 --scenes 5000", (600, 1200, 2400), "model", "--scenes 4"),
     "ONE-PIC": Entry("edit", "onepic --task edit --balanced --scenes 5000 --warmup 30", (300, 600), "onepic",

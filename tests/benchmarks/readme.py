@@ -171,7 +171,7 @@ def baseline_tables(path=Path(__file__).with_name("baselines.json")):
     found = json.loads(path.read_text())
     for task in dict.fromkeys(row["task"] for row in found["results"]):
         rows = [row for row in found["results"] if row["task"] == task]
-        facts = list(next(iter(rows[0]["at"].values())))
+        facts = list(dict.fromkeys(fact for row in rows for scores in row["at"].values() for fact in scores))
         heads = [task, "steps", "seeds", *facts, "trained weights", "file", "s/step"]
         yield from ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
         for name in dict.fromkeys(row["name"] for row in rows):
@@ -180,7 +180,7 @@ def baseline_tables(path=Path(__file__).with_name("baselines.json")):
                 f"{seeds[0]['trained']:,}", f"{seeds[0]['bytes'] / 1e6:.2f} MB",
                 f"{statistics.mean(row['seconds a step'] for row in seeds):.2f}"]
             for steps in seeds[0]["at"]:
-                cells = [cell([row["at"][steps][fact] for row in seeds]) for fact in facts]
+                cells = [cell([row["at"][steps].get(fact) for row in seeds]) for fact in facts]
                 yield "| " + " | ".join([name, "" if steps == "0" else steps, str(len(seeds)), *cells, *cost]) + " |"
     trained = [row for row in found["results"] if "cpu" in row]
     cpus = "; ".join(f"{' and '.join(dict.fromkeys(row['task'] for row in trained if row['cpu'] == cpu))} on {cpu}"
