@@ -61,8 +61,8 @@ class Settings:
     control_scale: tuple[float, ...] = option((), "how closely, 1 as trained, 0 off; none, or once for each ControlNet")
     edit: str = option(None, "picture to change as the prompt says, with a model that was trained to edit")
     image_guidance: float = option(1.5, "how much to stay with --edit; 1 or less turns it off")
-    source: str = option(None, "picture to draw beside, with a --lora of train.py onepic; --image and --mask: what of the "
-                         "drawn picture is given too, where the mask is black")
+    source: str = option(None, "picture to draw beside, with a --lora of train.py onepic; --image and --mask: what of "
+                         "the drawn picture is given too, where the mask is black")
     original_size: str = option(None, "WIDTHxHEIGHT that SDXL is told the training picture had; --size if left out")
     crop: str = option("0,0", "LEFT,TOP of the cut that SDXL is told was made from that picture")
     target_size: str = option(None, "WIDTHxHEIGHT that SDXL is told was wanted; --size if left out")

@@ -85,7 +85,7 @@ def compose(seed, index):
 @dataclass(frozen=True)
 class Pair:
     """A pair of one of world/tasks.py's TASKS as a training picture, with all that a Picture can: source, which is
-    given, and image, which is wanted, both [3,H,W] in 8 bits; `scene` is what image shows, `mask` the task's [1,H,W]."""
+    given, and image, which is wanted, both [3,H,W] in 8 bits; `scene`: what image shows; `mask`: the task's."""
 
     source: torch.Tensor
     image: torch.Tensor

@@ -261,8 +261,8 @@ def encode_pictures(vae, pictures, chunk=64):
 
 
 def loss(pipeline, batch, config, network=None, where=None):
-    """The objective's loss of a batch -> scalar. `network`: what predicts, if not the UNet; `where`: the part of x0 that
-    counts, if not all."""
+    """The objective's loss of a batch -> scalar. `network`: what predicts, if not the UNet; `where`: the part of x0
+    that counts, if not all."""
     context, pooled = ((batch["context"], batch.get("pooled")) if "context" in batch else
                        encode_batch(pipeline, batch["captions"], config.train_text))
 

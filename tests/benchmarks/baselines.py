@@ -61,7 +61,7 @@ class Entry(NamedTuple):
 PHOTOS = " --data {photos} --warmup 20 "
 DREAMBOOTH = "dreambooth" + PHOTOS + '--caption "a sks {shape}" --prior "a {color} {shape}" '
 LORA = "--lora-rank 16 --lr 1e-3"
-ONEPIC = "onepic --balanced --scenes 1000 --warmup 30 --task "
+ONEPIC = "onepic --task edit --balanced --scenes 1000"
 ENTRIES = {
     "DreamBooth, full": Entry("subject", DREAMBOOTH + "--lr 1e-4", (50, 100, 200), "model", "--prior-pictures 1"),
     "DreamBooth, LoRA": Entry("subject", DREAMBOOTH + LORA, (50, 100, 200), "lora", "--prior-pictures 1"),
@@ -72,14 +72,11 @@ ENTRIES = {
     **{f"ControlNet, {name}": Entry("control", f"controlnet --control {name} --balanced --scenes 1000 --batch 16 "
                                     "--warmup 30 --lr 1e-3", (100, 200, 400), "controlnet", "--scenes 4")
        for name in ("edges", "depth", "segmentation")},
-    **{f"ONE-PIC, {name}": Entry("control", f"{ONEPIC}{name}", (100, 200, 400), "onepic", "--scenes 4")
-       for name in ("edges", "depth")},
-    **{f"ONE-PIC, edges, {visible}, {counted}": Entry(
-        "control", f"{ONEPIC}edges --batch 8 --visible {visible} --loss-on {counted}", (100, 200), "onepic", "--scenes 4")
-       for visible in ("clean", "noised") for counted in ("masked", "all")},
     "InstructPix2Pix": Entry("edit", "edit --batch 16 --scenes 5000", (600, 1200, 2400), "model", "--scenes 4"),
-    "ONE-PIC": Entry("edit", "onepic --task edit --balanced --scenes 5000 --warmup 30", (300, 600), "onepic",
-                     "--scenes 4"),
+    "ONE-PIC": Entry("edit", ONEPIC, (100, 200, 400), "onepic", "--scenes 4"),
+    **{f"ONE-PIC, batch 8, {visible}, {counted}": Entry(
+        "edit", f"{ONEPIC} --batch 8 --visible {visible} --loss-on {counted}", (75, 150), "onepic", "--scenes 4")
+       for visible in ("clean", "noised") for counted in ("masked", "all")},
 }
 
 

@@ -19,10 +19,7 @@ places and what is beside or behind what can only come from the map.
     layout     share of drawings in which the judge reads every shape, size, place and relation of the scene, and no
                object more (shape, size, place and relation: share of the single facts)
     text       share in which everything holds that the prompt says
-"renders" are the scenes themselves (the ceiling), "untouched" the model without the map (the floor). ONE-PIC's rows
-also have
-    others' F1 edge F1 with the edges of the scene that the drawing was not given: of the map of another one, with which
-               the same prompt is drawn. Were the map not read, it would be as large
+"renders" are the scenes themselves (the ceiling), "untouched" the model without the map (the floor).
 
 edit: an instruction and a picture of a scene that no model was trained on. Recolour, remove, move, resize and reshape
 come alike often.
@@ -139,15 +136,10 @@ def control(seed, number, judge, folder, steps):
     prompts = [say(looks_of(describe(scene)), random(WORLD, "say", seed, i)) for i, scene in enumerate(scenes)]
 
     def score(pipeline, name):
-        kind, _, task = name.partition(", ")
-        maps = pairs[task.split(",")[0]].source if task else None
-        if kind != "ONE-PIC":
-            images = draw(pipeline, prompts, 10**6 * seed, steps, hints=None if maps is None else (maps + 1) / 2)
-            return control_scores(judge, images, edges, scenes)
-        images, others = (draw(pipeline, prompts, 10**6 * seed, steps, sources=x, how=pipeline.how)
-                          for x in (maps, maps.roll(1, 0)))
-        return control_scores(judge, images, edges, scenes) | {
-            "others' F1": metrics.edge_f1(own_edges(others), edges)}
+        pairs_of = pairs.get(name.removeprefix("ControlNet, "))
+        hints = (pairs_of.source + 1) / 2 if pairs_of else None
+        images = draw(pipeline, prompts, 10**6 * seed, steps, hints=hints)
+        return control_scores(judge, images, edges, scenes)
     return Case({}, control_scores(judge, pairs["edges"].target, edges, scenes), score)
 
 
@@ -199,7 +191,7 @@ def edit(seed, number, judge, folder, steps):
     def score(pipeline, name):
         if name == "untouched":
             return scores(pairs.source)
-        given = {"sources": pairs.source, "how": pipeline.how} if name == "ONE-PIC" else {"edits": pairs.source}
+        given = {"sources": pairs.source, "how": pipeline.how} if name.startswith("ONE-PIC") else {"edits": pairs.source}
         return scores(draw(pipeline, pairs.prompts, 10**6 * seed, steps, guidance=3.0, **given))
     return Case({}, scores(pairs.target), score)
 
