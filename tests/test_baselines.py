@@ -17,7 +17,7 @@ import tiny  # noqa: E402
 from quality import draw  # noqa: E402
 
 from minipic.image import to_pictures, to_tensor  # noqa: E402
-from minipic.methods import edit  # noqa: E402
+from minipic.methods import edit, onepic  # noqa: E402
 from minipic.models.controlnet import ControlNet  # noqa: E402
 from minipic.world import probe  # noqa: E402
 from minipic.world.caption import Description, Thing, describe, parse  # noqa: E402
@@ -112,6 +112,16 @@ def test_drawings_follow_their_own_picture_as_generate_does():
             assert (drawn[i] - follow).abs().mean() < 0.2 * (drawn[i] - other).abs().mean(), what
 
 
+@pytest.mark.parametrize("visible", ["clean", "noised"])
+def test_drawings_beside_a_picture_are_those_of_onepic(visible):
+    pipeline, how = tiny.build(), onepic.Context(visible, "a sketch | {text}", (64, 64))
+    sources = 2 * torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(1)).mul(255).round() / 255 - 1
+    drawn = draw(pipeline, ["a red sphere"] * 3, 5, steps=2, batch=2, sources=sources, how=how)
+    for i, given in enumerate(to_pictures(sources)):
+        one, = onepic.generate(pipeline, "a red sphere", given, how, seed=5 + i, steps=2, sampler="euler")
+        assert (drawn[i] - to_tensor(one)).abs().mean() < 0.02 < (drawn[i] - drawn[i - 1]).abs().mean()
+
+
 def test_a_share_counts_pictures_in_which_all_the_facts_hold():
     asked, seen = parse("a red cube on the left"), parse("a red sphere on the left")
     assert cases.share([asked, asked], [asked, seen], ("shape", "color")) == 0.5
@@ -121,15 +131,17 @@ def test_a_share_counts_pictures_in_which_all_the_facts_hold():
 def test_a_trial_run_is_kept_and_not_repeated(judge, tmp_path, monkeypatch, capsys):
     flags = ["--quick", "--seeds", "1", "--model", str(TINY), "--out", str(tmp_path / "found.json"),
              "--runs", str(tmp_path / "runs"), "--only"]
-    for name in ("LoRA", "ControlNet, depth", "InstructPix2Pix"):
+    for name in ("LoRA", "ControlNet, depth", "InstructPix2Pix", "ONE-PIC"):
         baselines.main([*flags, name])
     rows = json.loads((tmp_path / "found.json").read_text())["results"]
     assert [row["name"] for row in rows] == ["renders", "untouched", "in words", "LoRA", "renders", "untouched",
-                                             "ControlNet, depth", "renders", "untouched", "InstructPix2Pix"]
-    lora, controlnet, pix2pix = rows[3], rows[6], rows[9]
+                                             "ControlNet, depth", "renders", "untouched", "InstructPix2Pix",
+                                             "ONE-PIC"]
+    lora, controlnet, pix2pix, beside = rows[3], rows[6], rows[9], rows[10]
     assert lora["at"].keys() == {"1", "2"} and lora["trained"] == 315392 and 0.6e6 < lora["bytes"] < 1.4e6
     assert controlnet["trained"] > 10**6 and controlnet["seconds a step"] > 0
     assert pix2pix["trained"] == 7373700 and pix2pix["at"]["2"].keys() == {"changed", "kept", "edited", "PSNR"}
+    assert beside["trained"] == 2541568 and beside["at"]["2"].keys() == pix2pix["at"]["2"].keys()
     table = list(readme.baseline_tables(tmp_path / "found.json"))
     assert any(line.startswith("| ControlNet, depth | 2 |") for line in table)
     capsys.readouterr()
