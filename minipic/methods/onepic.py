@@ -97,11 +97,11 @@ def data(pipeline, config):
 
     Besides, pipeline.how becomes the Context, and pipeline.examples four (wanted, given, mask) to show.
     """
-    wanted, given, masks = folder_of(pipeline, config) if config.data else world_of(config, pipeline, 0, config.scenes)
+    wanted, given, masks = folder_of(pipeline, config) if config.data else world_of(pipeline, config, 0, config.scenes)
     size = Counter(picture.size for picture in wanted).most_common(1)[0][0][::-1]
     how = pipeline.how = Context(config.visible, config.prompt.replace("{given}", GIVEN[config.task]), size)
     pipeline.examples = list(zip(wanted, given, masks))[:4] if config.data else list(
-        zip(*world_of(config, pipeline, config.scenes, 4)))
+        zip(*world_of(pipeline, config, config.scenes, 4)))
     wanted = [replace(picture, text=how.said(picture.text)) for picture in wanted]
     encode = t2i.encode_photos if config.data else lambda vae, pictures, cache: t2i.encode_pictures(vae, pictures)
     left = [latents[0] for latents in encode(pipeline.vae, given, config.cache)]
@@ -125,7 +125,7 @@ def data(pipeline, config):
     return batch
 
 
-def world_of(config, pipeline, first, count):
+def world_of(pipeline, config, first, count):
     """Wanted and given pictures of a task of the world, and masks [1,H,W], true where the wanted one is to be drawn:
     None where all of it is, as everywhere but in trying on, where only the garment is."""
     pairs = t2i.pairs_of(config.task, pipeline, config, first, count)
