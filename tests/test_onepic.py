@@ -358,7 +358,8 @@ def test_from_ones_own_pictures_to_a_picture(photos):
     (lambda path: (path / "target/1.txt").unlink(), "1 problems, listed above")])
 def test_a_folder_that_is_wrong_is_told(photos, change, words, capsys):
     change(photos)
-    flags = ["--data", str(photos), "--prompt", "a sketch | {text}", "--model", str(tiny.folder()), "--out"]
+    flags = ["--data", str(photos), "--prompt", "a sketch | {text}", "--model", str(tiny.folder()), "--steps",
+             "1", "--out"]
     assert train.main(["onepic", *flags, str(photos.with_name("out"))]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("train.py: ") and words in error
