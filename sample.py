@@ -156,9 +156,9 @@ def open_source(config):
     """(picture, onepic.Context) of --source, or two Nones."""
     if not config.source:
         return None, None
-    others = {"--refiner": config.refiner, "--controlnet": config.controlnet, "--edit": config.edit}
-    for flag in (flag for flag, value in others.items() if value):
-        raise InputError(f"--source: draws beside a picture as its LoRA was taught; leave {flag} out")
+    for flag in ("refiner", "controlnet", "edit"):
+        if getattr(config, flag):
+            raise InputError(f"--source: draws beside a picture as its LoRA was taught; leave --{flag} out")
     if not config.lora:
         raise InputError("--source: needs --lora, a LoRA of train.py onepic")
     if config.image and not config.mask:

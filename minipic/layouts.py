@@ -283,8 +283,7 @@ def check_fit(model, found, where):
     if foreign := keys.foreign(unexpected):
         raise InputError(f"{where} is {foreign}; expected the weights of a {type(model).__name__}")
     problems = {
-        "missing": [name for name in wanted if name not in found],
-        "unexpected": unexpected,
+        "missing": [name for name in wanted if name not in found], "unexpected": unexpected,
         "misshapen": [f"{name} is {list(shape)} instead of {list(wanted[key])}"
                       for key, (name, shape) in found.items() if key in wanted and shape != wanted[key]]}
     if any(problems.values()):

@@ -136,14 +136,15 @@ def test_the_answer_does_not_leak_into_what_is_given(monkeypatch):
 def test_only_the_lora_learns_and_at_first_changes_no_bit():
     config = config_of()
     pipeline = onepic.build(config)
+    torch.manual_seed(0)
     params, batch = onepic.setup(pipeline, config), onepic.data(pipeline, config)(0, range(4))
     first = onepic.loss(pipeline, batch, config)
     assert torch.equal(first, onepic.loss(Pipeline.load(config.model), batch, config))
-    optimizer = torch.optim.AdamW(params, 1e-2)
-    for _ in range(8):
+    optimizer = torch.optim.AdamW(params, 3e-3)
+    for _ in range(12):
         last = onepic.loss(pipeline, batch, config)
         optimizer.zero_grad(), last.backward(), optimizer.step()
-    assert last < 0.95 * first
+    assert last < 0.85 * first
     assert {id(p) for p in pipeline.parameters() if p.grad is not None} == set(map(id, params))
     assert sum(p.numel() for p in params) == 32 * sum(
         len(module.weight) + module.weight[0].numel() for module in lora.layers(pipeline.unet).values())
@@ -314,13 +315,17 @@ def test_training_is_kept_in_the_file(trained):
     ("--source p.png --lora {lora} --size 60x64", "--size 60x64: width and height must be multiples of 8"),
     ("--source p.png --lora other.safetensors", "--lora other.safetensors: was not made by train.py onepic"),
     ("--source p.png --lora bent.safetensors", "--lora bent.safetensors: was not made by train.py onepic"),
+    ("--source p.png --lora list.safetensors", "--lora list.safetensors: was not made by train.py onepic"),
+    ("--source p.png --lora three.safetensors", "--lora three.safetensors: was not made by train.py onepic"),
+    ("--source p.png --lora dim.safetensors", "dim.safetensors: visible='dim' is not supported"),
     ("--source p.png --lora new.safetensors", "unknown key 'glow' for Context")])
 def test_a_wrong_flag_is_one_sentence(flags, words, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     picture(1).save("p.png"), mask().save("m.png"), picture(2).crop((0, 0, 64, 48)).save("flat.png")
     state = {"unet": lora.lora_state_dict(onepic_model())}
-    told = asdict(HOW["clean"]) | {"glow": 3}
-    for name, metadata in (("other", {}), ("bent", {"onepic": "{"}), ("new", {"onepic": json.dumps(told)})):
+    told = {name: {"onepic": json.dumps(asdict(HOW["clean"]) | change)} for name, change in (
+        ("new", {"glow": 3}), ("three", {"size": [64, 64, 64]}), ("dim", {"visible": "dim"}))}
+    for name, metadata in ({"other": {}, "bent": {"onepic": "{"}, "list": {"onepic": "[3]"}} | told).items():
         onepic.save_lora(state, tmp_path / f"{name}.safetensors", metadata)
     given = flags.format(lora=trained / "model" / "lora.safetensors").split()
     assert sample.main([PROMPT, "--model", str(tiny.folder()), "--device", "cpu", *given]) == 2

@@ -30,7 +30,8 @@ GIVEN = {"edges": "its edges", "depth": "its depth", "normals": "its normals", "
          "boxes": "boxes around its objects", "blur": "a blurred picture", "small": "a picture of few pixels",
          "masked": "a picture with a hole", "edit": "the picture before", "view": "another view",
          "subject": "the same object", "wear": "the garment"}  # every task, and what the prompt calls the given half
-LAYERS = r"(down|mid|up)_block.*"  # with attention's alone the loss fell by a quarter less in 100 steps
+LAYERS = r"(down|mid|up)_block.*"  # attention's alone learn more slowly
+VISIBLE = ("clean", "noised")
 GREY = 128  # hides the part of the wanted picture that is to be drawn, where the rest of it is given
 
 
@@ -42,7 +43,7 @@ class Recipe(t2i.Pairs, t2i.Photos):
                        "and perhaps mask/ (white where to draw); empty: the world")
     task: str = option("edit", "the world's pairs: a task of minipic/world/tasks.py", tuple(GIVEN))
     visible: str = option("clean", "how the UNet sees what is given: clean, or as noisy as the rest",
-                          ("clean", "noised"))
+                          VISIBLE)
     loss_on: str = option("masked", "where the prediction counts: in what is to be drawn, or in all", ("masked", "all"))
     prompt: str = option("two panels: {given} | {text}", "the prompt of both halves; {text} is the wanted one's, "
                          "{given} the task's word for the other")
@@ -77,8 +78,10 @@ class Context:
 def context_of(path):
     """The Context in a LoRA's file. Raises InputError for a LoRA of another recipe."""
     try:
-        return from_json(Context, json.loads(read_header(path)[1]["onepic"]), {}, path)
-    except (KeyError, TypeError, json.JSONDecodeError):
+        how = from_json(Context, dict(json.loads(read_header(path)[1]["onepic"])), {"visible": VISIBLE}, path)
+        _, _ = how.size
+        return how
+    except (KeyError, TypeError, ValueError):
         raise InputError(f"--lora {path}: was not made by train.py onepic, and cannot draw beside --source") from None
 
 
@@ -197,11 +200,11 @@ def sample(pipeline, config):
     or the first of --data."""
     cells, device = [], pipeline.device.type
     for wanted, given, mask in pipeline.examples:
-        shown, drawn = to_pictures(torch.cat([torch.stack(type(x).draw([x])) for x in (given, wanted)]))
+        left, right = to_pictures(torch.cat([torch.stack(type(x).draw([x])) for x in (given, wanted)]))
         part = None if mask is None else to_pictures(mask.expand(1, 3, -1, -1) * 2.0 - 1)[0]
         with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):  # for two kinds of weights
-            found, = generate(pipeline, wanted.text, shown, pipeline.how, drawn, part, steps=20, size=drawn.size)
-        cells += [(shown, "given"), (found, wanted.text), (drawn, "wanted")]
+            drawn, = generate(pipeline, wanted.text, left, pipeline.how, right, part, steps=20, size=right.size)
+        cells += [(left, "given"), (drawn, wanted.text), (right, "wanted")]
     return labelled_grid(*zip(*cells), columns=3)
 
 
