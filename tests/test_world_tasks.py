@@ -13,7 +13,8 @@ from minipic.world.camera import Camera, extrinsics, eyes, intrinsics, project
 from minipic.world.caption import describe
 from minipic.world.edits import EDITS, refer, valid
 from minipic.world.metrics import camera_from_plucker
-from minipic.world.scene import COLORS, PLACES, SIZES, Object, Scene, centres, is_held_out, layout, render
+from minipic.world.scene import (
+    COLORS, PLACES, SIZES, Object, Scene, centres, is_held_out, layout, render)
 from minipic.world.styles import ORNAMENTS, Ornamented, ornate
 
 
@@ -120,12 +121,12 @@ def test_boxes_read_back():
 def test_blur_spreads_a_point_by_sigma():
     point = torch.zeros(1, 3, 41, 41)
     point[..., 20, 20] = 1
-    spread, far = tasks._blur(point, torch.tensor(2.5))[0, 0], torch.arange(41) - 20.0
+    spread, far = tasks.gaussian_blur(point, torch.tensor(2.5))[0, 0], torch.arange(41) - 20.0
     assert spread.sum().item() == pytest.approx(1, abs=1e-5)
     for share in (spread.sum(0), spread.sum(1)):
         assert (share * far**2).sum().item() == pytest.approx(2.5**2, rel=0.03)
     pairs = tasks.blur(0, range(4))
-    again = torch.cat([tasks._blur(t[None], s) for t, s in zip(pairs.target, pairs.truth["sigma"])])
+    again = torch.cat([tasks.gaussian_blur(t[None], s) for t, s in zip(pairs.target, pairs.truth["sigma"])])
     assert torch.equal(again, pairs.source) and all(1.6 <= s <= 4 for s in pairs.truth["sigma"])
 
 

@@ -1,6 +1,10 @@
-"""Pin-hole cameras around the world's middle: matrices, projection and Pluecker rays.
+"""Pin-hole cameras that look at the middle of the world: matrices, projection, rays through pixels.
 
-Picture convention: x right, y down, z forward; pixel centres at +0.5. World: y up, z towards the viewer at azimuth 0.
+Three frames of coordinates:
+    the world: x to the right, y up, z towards a viewer at azimuth 0; the floor is the plane y = 0
+    a camera: x to the right, y down, z forward, as in OpenCV
+    a picture: x to the right and y down, in pixels; the centre of the first pixel is (0.5, 0.5)
+The size of a picture is (height, width).
 """
 
 import functools
@@ -8,68 +12,95 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-FOCAL = 1.6                 # in units of the picture's shorter side: a view of about 35 degrees
-TARGET = 1.1                # the camera looks at this height above the middle of the floor
+FOCAL = 1.6  # focal length in units of the picture's shorter side: a view of about 35 degrees
+TARGET = 1.1  # a camera looks at this height above the middle of the floor, in world units
 
 
 @dataclass(frozen=True)
 class Camera:
-    azimuth: float = 0.0    # degrees, counter-clockwise seen from above
-    elevation: float = 25.0
-    distance: float = 6.6   # from the middle of the floor
+    """Where a camera stands. It looks at the point (0, TARGET, 0) and never rolls."""
+
+    azimuth: float = 0.0  # degrees, counter-clockwise seen from above
+    elevation: float = 25.0  # degrees above the floor
+    distance: float = 6.6  # from the middle of the floor, in world units
 
 
-def direction(azimuth, elevation):
-    """The unit vector [3] that points from the world's middle to (azimuth, elevation), in degrees."""
-    a, e = math.radians(azimuth), math.radians(elevation)
+def direction(azimuth: float, elevation: float) -> torch.Tensor:
+    """The unit vector [3] from the world's middle towards (azimuth, elevation), in degrees."""
+    a = math.radians(azimuth)
+    e = math.radians(elevation)
     return torch.tensor([math.sin(a) * math.cos(e), math.sin(e), math.cos(a) * math.cos(e)])
 
 
-def extrinsics(cameras):
-    """World-to-camera [B,3,4]: rotation (rows right, down, forward) and translation."""
+def extrinsics(cameras: list[Camera]) -> torch.Tensor:
+    """World-to-camera matrices [B,3,4]: a rotation (rows right, down, forward), a translation."""
     eye = torch.stack([c.distance * direction(c.azimuth, c.elevation) for c in cameras])
-    forward = torch.nn.functional.normalize(torch.tensor([0, TARGET, 0]) - eye, dim=1)
-    right = torch.nn.functional.normalize(torch.stack([-forward[:, 2], torch.zeros(len(eye)), forward[:, 0]], 1), dim=1)
-    rotation = torch.stack([right, torch.linalg.cross(forward, right), forward], 1)
-    return torch.cat([rotation, -rotation @ eye[:, :, None]], 2)
+    forward = F.normalize(torch.tensor([0, TARGET, 0]) - eye, dim=1)
+    level = torch.zeros(len(eye))  # "right" is horizontal: the camera does not roll
+    right = F.normalize(torch.stack([-forward[:, 2], level, forward[:, 0]], dim=1), dim=1)
+    down = torch.linalg.cross(forward, right)
+    rotation = torch.stack([right, down, forward], dim=1)
+    translation = -rotation @ eye[:, :, None]
+    return torch.cat([rotation, translation], dim=2)
 
 
 @functools.lru_cache(maxsize=4096)
-def extrinsic_of(camera):
-    """World-to-camera [3,4] of one camera; a scene is placed and told by many looks through the same."""
+def extrinsic_of(camera: Camera) -> torch.Tensor:
+    """The world-to-camera matrix [3,4] of one camera; kept, for one scene needs it many times."""
     return extrinsics([camera])[0]
 
 
-def intrinsics(size):
-    """The pin-hole matrix [3,3] in pixels for a picture of size (H, W); a pixel's centre is at +0.5."""
+def intrinsics(size: tuple[float, float]) -> torch.Tensor:
+    """The pin-hole matrix [3,3] of a picture of this size (height, width), in pixels."""
+    height, width = size
     focal = FOCAL * min(size)
-    return torch.tensor([[focal, 0, size[1] / 2], [0, focal, size[0] / 2], [0, 0, 1]])
+    return torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
 
 
-def project(points, extrinsic, intrinsic):
-    """World points [..., P, 3] -> pixels [..., P, 2] and depth [..., P]."""
-    seen = points @ extrinsic[..., :3].transpose(-1, -2) + extrinsic[..., None, :, 3]
-    depth = seen[..., 2].clamp_min(1e-3)
-    return seen[..., :2] / depth[..., None] * intrinsic[0, 0] + intrinsic[:2, 2], depth
+def project(points: torch.Tensor, extrinsic: torch.Tensor,
+            intrinsic: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """World points [..., P, 3], cameras [..., 3, 4] -> pixels [..., P, 2] and depth [..., P]."""
+    rotation = extrinsic[..., :3]
+    translation = extrinsic[..., None, :, 3]
+    in_camera = points @ rotation.transpose(-1, -2) + translation
+    depth = in_camera[..., 2].clamp_min(1e-3)
+    focal = intrinsic[0, 0]
+    middle = intrinsic[:2, 2]
+    return in_camera[..., :2] / depth[..., None] * focal + middle, depth
 
 
-def directions(extrinsic, intrinsic, size):
-    """World directions [B,3,H,W] through the pixels' centres, of unit length along the view."""
-    v, u = torch.meshgrid(torch.arange(size[0]) + 0.5, torch.arange(size[1]) + 0.5, indexing="ij")
-    grid = torch.stack([(u - intrinsic[0, 2]) / intrinsic[0, 0], (v - intrinsic[1, 2]) / intrinsic[1, 1],
-                        torch.ones_like(u)])
-    return (extrinsic[:, :, :3].transpose(1, 2) @ grid.flatten(1)).unflatten(2, size)
+def directions(extrinsic: torch.Tensor, intrinsic: torch.Tensor,
+               size: tuple[int, int]) -> torch.Tensor:
+    """Directions [B,3,H,W], in the world, of the rays through the pixels' centres.
+
+    Their length along the camera's axis is 1: the point at depth t on a ray is eye + t * direction.
+    """
+    height, width = size
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    right = (x - intrinsic[0, 2]) / intrinsic[0, 0]
+    down = (y - intrinsic[1, 2]) / intrinsic[1, 1]
+    in_camera = torch.stack([right, down, torch.ones_like(x)])
+    to_world = extrinsic[:, :, :3].transpose(1, 2)
+    return (to_world @ in_camera.flatten(1)).unflatten(2, size)
 
 
-def eyes(extrinsic):
-    """The camera centres [B,3] in the world."""
-    return -(extrinsic[:, :, :3].transpose(1, 2) @ extrinsic[:, :, 3:])[:, :, 0]
+def eyes(extrinsic: torch.Tensor) -> torch.Tensor:
+    """The centres [B,3] of cameras [B,3,4], in the world."""
+    to_world = extrinsic[:, :, :3].transpose(1, 2)
+    translation = extrinsic[:, :, 3:]
+    return -(to_world @ translation)[:, :, 0]
 
 
-def plucker(extrinsic, intrinsic, size):
-    """Pluecker coordinates of every pixel's ray [B,6,H,W]: moment (centre x direction), unit direction."""
+def plucker(extrinsic: torch.Tensor, intrinsic: torch.Tensor,
+            size: tuple[int, int]) -> torch.Tensor:
+    """Pluecker coordinates [B,6,H,W] of the pixels' rays: moment (centre x direction), direction.
+
+    Directions have length 1 here.
+    """
     toward = directions(extrinsic, intrinsic, size)
     toward = toward / toward.norm(dim=1, keepdim=True)
     centre = eyes(extrinsic)[:, :, None, None].expand_as(toward)
-    return torch.cat([torch.linalg.cross(centre, toward, dim=1), toward], 1)
+    moment = torch.linalg.cross(centre, toward, dim=1)
+    return torch.cat([moment, toward], dim=1)

@@ -1,196 +1,361 @@
-"""Captions for scenes by grammar, and the way back: scene -> Description -> text -> Description.
+"""Captions for scenes by a grammar, and the way back: Scene -> Description -> text -> Description.
 
-A Description holds what is said (or seen); None means unsaid. `ask` chooses what to say of a scene, `say` finds words
-for it, `parse` reads them back exactly, `compare` counts which of the facts asked for hold in what is seen.
+A Description holds facts about a picture; None stands for a fact that it leaves open.
+
+    full = describe(scene)              # every fact
+    asked = ask(scene, generator)       # a random part of them
+    text = say(asked, generator)        # "a small red sphere left of a blue cube at night"
+    parse(text) == asked                # exactly
+    compare(asked, other)               # which of the facts asked for hold in another Description
 """
 
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import permutations, product
 
 import torch
 
 from minipic.common import InputError
-from minipic.world.scene import AHEAD, ASIDE, COLORS, FLOORS, PATTERNS, PLACES, SHAPES, SIZES, SKIES, centres, layout
+from minipic.world.choices import chance, one_of
+from minipic.world.scene import (
+    AHEAD, ASIDE, COLORS, FLOORS, PATTERNS, PLACES, SHAPES, Scene, centres, layout)
 
-NOUNS = {**{shape: (shape,) for shape in SHAPES}, "sphere": ("sphere", "ball"), "cube": ("cube", "box"),
-         "torus": ("torus", "ring"), None: ("object",)}
+# The words for each meaning. The first is the usual one.
+NOUNS = {
+    **{shape: (shape,) for shape in SHAPES},
+    "sphere": ("sphere", "ball"),
+    "cube": ("cube", "box"),
+    "torus": ("torus", "ring"),
+    None: ("object",),
+}
 SIZE_WORDS = {"small": ("small", "tiny"), "medium": ("medium",), "large": ("large", "big")}
 PLACE_WORDS = {"left": "on the left", "middle": "in the middle", "right": "on the right"}
-RELATIONS = {"left": ("left of", "to the left of"), "right": ("right of", "to the right of"),
-             "front": ("in front of",), "behind": ("behind",)}
-SKY_WORDS = {"blue": ("under a blue sky",), "sunset": ("at sunset", "under a sunset sky"),
-             "night": ("at night", "under a night sky")}
+RELATIONS = {
+    "left": ("left of", "to the left of"),
+    "right": ("right of", "to the right of"),
+    "front": ("in front of",),
+    "behind": ("behind",),
+}
+SKY_WORDS = {
+    "blue": ("under a blue sky",),
+    "sunset": ("at sunset", "under a sunset sky"),
+    "night": ("at night", "under a night sky"),
+}
 OPENINGS = ("", "a picture of ", "a rendering of ", "there is ")
-FACTS = ("count", "color", "shape", "size", "pattern", "place", "relation", "floor", "sky")
+
+THING_FACTS = ("color", "shape", "size", "pattern", "place")
+FACTS = ("count", *THING_FACTS, "relation", "floor", "sky")
 
 
 @dataclass(frozen=True)
 class Thing:
-    color: str = None
-    color2: str = None      # with color: unordered, kept in the order of COLORS
-    shape: str = None
-    size: str = None
-    pattern: str = None
-    place: str = None
+    """What is known of one object."""
+
+    color: str | None = None
+    color2: str | None = None  # of a pattern; the two colours are kept in the order of COLORS
+    shape: str | None = None
+    size: str | None = None
+    pattern: str | None = None
+    place: str | None = None  # of PLACES
 
 
 @dataclass(frozen=True)
 class Description:
-    things: tuple
-    relations: tuple = ()   # (i, word of RELATIONS, j): thing i is left of / ... thing j
-    floor: str = None
-    sky: str = None
+    """What is known of a picture."""
+
+    things: tuple[Thing, ...]
+    relations: tuple[tuple[int, str, int], ...] = ()  # (0, "left", 1): thing 0 is left of thing 1
+    floor: str | None = None
+    sky: str | None = None
 
 
-def place_of(across):
-    """The named place of a share of the picture's width, or None in the gaps between."""
-    return next((name for name, (low, high) in PLACES.items() if low <= across <= high), None)
+# ---- a scene's facts ---------------------------------------------------------------------------
+
+def describe(scene: Scene) -> Description:
+    """Every fact of a scene."""
+    spots = layout(centres(scene.objects), scene.camera, scene.aspect)
+    things = []
+    for o, across in zip(scene.objects, spots.across.tolist()):
+        things.append(Thing(o.color, o.color2, o.shape, o.size, o.pattern, place_of(across)))
+    relations = relations_of(spots.aside.tolist(), spots.ahead.tolist())
+    return Description(tuple(things), relations, scene.floor, scene.sky)
 
 
-def relations_of(aside, ahead, least_aside=ASIDE, least_ahead=AHEAD):
-    """All clear relations of things at `aside` and `ahead` (see scene.layout), both ways round."""
-    return tuple((i, word, j) for i, j in product(range(len(aside)), repeat=2) for word, gap, least in (
-        ("left", aside[j] - aside[i], least_aside), ("right", aside[i] - aside[j], least_aside),
-        ("front", ahead[i] - ahead[j], least_ahead), ("behind", ahead[j] - ahead[i], least_ahead)) if gap >= least)
+def place_of(across: float) -> str | None:
+    """The place of PLACES at a share of the picture's width; None in the gaps between places."""
+    for name, (low, high) in PLACES.items():
+        if low <= across <= high:
+            return name
+    return None
 
 
-def describe(scene):
-    """Everything that can be said of a scene."""
-    across, aside, ahead = (x.tolist() for x in layout(centres(scene.objects), scene.camera, scene.aspect))
-    things = tuple(Thing(o.color, o.color2, o.shape, o.size, o.pattern, place_of(x))
-                   for o, x in zip(scene.objects, across))
-    return Description(things, relations_of(aside, ahead), scene.floor, scene.sky)
+def relations_of(aside: list[float], ahead: list[float], least_aside: float = ASIDE,
+                 least_ahead: float = AHEAD) -> tuple[tuple[int, str, int], ...]:
+    """All clear relations of things: (0, "left", 1) says that thing 0 is left of thing 1.
+
+    aside, ahead: where each thing is, see scene.Layout.
+    least_aside, least_ahead: how far apart two things must be.
+    """
+    relations = []
+    for i, j in product(range(len(aside)), repeat=2):
+        i_is_left_by = aside[j] - aside[i]
+        i_is_in_front_by = ahead[i] - ahead[j]
+        if i_is_left_by >= least_aside:
+            relations.append((i, "left", j))
+        if -i_is_left_by >= least_aside:
+            relations.append((i, "right", j))
+        if i_is_in_front_by >= least_ahead:
+            relations.append((i, "front", j))
+        if -i_is_in_front_by >= least_ahead:
+            relations.append((i, "behind", j))
+    return tuple(relations)
 
 
-def ask(scene, generator):
-    """A random part of what can be said of a scene: the things in any order, some of their attributes and relations."""
-    chance = lambda p: torch.rand((), generator=generator).item() < p
-    full = describe(scene)
-    order = torch.randperm(len(full.things), generator=generator).tolist()
-    known = {(order.index(i), order.index(j)): [] for i, _, j in full.relations}
-    for i, word, j in full.relations:
-        known[order.index(i), order.index(j)].append(word)
-    pick = lambda words: words[torch.randint(len(words), (), generator=generator).item()]
-    relations = ()
-    if known and chance(0.75):
-        relations = ((0, pick(known[0, 1]), 1),)
-        if len(order) == 3 and chance(0.6):
-            relations += ((0, pick(known[0, 2]), 2),)
-    things = tuple(_part(full.things[k], chance, not relations and chance(0.6)) for k in order)
-    return Description(things, relations, full.floor if chance(0.5) else None, full.sky if chance(0.4) else None)
+# ---- from a scene to words ---------------------------------------------------------------------
 
-
-def _part(thing, chance, with_place):
-    """Shape and colours are nearly always said; a plain surface goes without saying where the colour is said."""
-    color, shape, size = chance(0.95), chance(0.96), chance(0.7)
-    return Thing(thing.color if color else None, thing.color2 if color else None, thing.shape if shape else None,
-                 thing.size if size else None, thing.pattern if color or thing.pattern != "plain" else None,
-                 thing.place if with_place else None)
-
-
-def noun_phrase(thing, pick):
-    words = [pick(SIZE_WORDS[thing.size])] if thing.size else []
-    colors = [c for c in (thing.color, thing.color2) if c]
-    words += [" and ".join(colors[::pick((1, -1))])] if colors else []
-    words += [thing.pattern] if thing.pattern not in (None, "plain") else []
-    words += [pick(NOUNS[thing.shape])] + ([PLACE_WORDS[thing.place]] if thing.place else [])
-    return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
-
-
-def say(description, generator):
-    """Words for a Description: `parse` gives the same Description back."""
-    def pick(options):      # the first word is the usual one
-        usual = len(options) == 1 or torch.rand((), generator=generator).item() < 0.75
-        return options[0 if usual else torch.randint(1, len(options), (), generator=generator).item()]
-
-    first, *others = (noun_phrase(thing, pick) for thing in description.things)
-    words = [word for _, word, _ in description.relations]
-    if words == ["right", "left"]:
-        text = f"{first} between {others[0]} and {others[1]}"
-    elif words:
-        text = f"{first} {pick(RELATIONS[words[0]])} {others[0]}"
-        if len(others) == 2:
-            text += f" and {pick(RELATIONS[words[1]])} {others[1]}" if len(words) == 2 else f", and {others[1]}"
-    else:
-        text = ", ".join([first, *others[:-1]]) + (f" and {others[-1]}" if others else "")
-    setting = [f"on a {description.floor} floor"] if description.floor else []
-    setting += [pick(SKY_WORDS[description.sky])] if description.sky else []
-    return pick(OPENINGS) + text + (pick((" ", ", ")) + " ".join(setting) if setting else "")
-
-
-def caption(scene, generator):
+def caption(scene: Scene, generator: torch.Generator) -> str:
     """A random true caption of a scene."""
     return say(ask(scene, generator), generator)
 
 
-def _meanings(table):
-    return {word: meaning for meaning, words in table.items() for word in words}
+def ask(scene: Scene, generator: torch.Generator) -> Description:
+    """A random part of a scene's facts: all things, in any order, and some facts about them."""
+    full = describe(scene)
+    order = torch.randperm(len(full.things), generator=generator).tolist()
+    words = {}  # (i, j): what relates thing i to thing j, in the new order
+    for i, word, j in full.relations:
+        pair = (order.index(i), order.index(j))
+        words.setdefault(pair, []).append(word)
+
+    relations = []  # the grammar relates only the first thing to the others
+    if words and chance(0.75, generator):
+        relations.append((0, one_of(words[0, 1], generator), 1))
+        if len(order) == 3 and chance(0.6, generator):
+            relations.append((0, one_of(words[0, 2], generator), 2))
+
+    things = []
+    for k in order:
+        with_place = not relations and chance(0.6, generator)
+        things.append(_part_of(full.things[k], with_place, generator))
+    floor = full.floor if chance(0.5, generator) else None
+    sky = full.sky if chance(0.4, generator) else None
+    return Description(tuple(things), tuple(relations), floor, sky)
 
 
-_NOUN, _SIZE, _RELATION, _SKY = map(_meanings, (NOUNS, SIZE_WORDS, RELATIONS, SKY_WORDS))
-_PLACE = {words: place for place, words in PLACE_WORDS.items()}
-_THING = re.compile(r"\ban? (?:({size}) )?(?:({color}) )?(?:and ({color}) )?(?:({pattern}) )?({noun})\b"
-                    r"(?: ({place})\b)?".format(size="|".join(_SIZE), color="|".join(COLORS),
-                                                pattern="|".join(list(PATTERNS)[1:]), noun="|".join(_NOUN),
-                                                place="|".join(_PLACE)))
-_SETTING = re.compile(r"(?: ?,? ?on a ({}) floor)?(?: ?,? ?({}))?".format("|".join(FLOORS), "|".join(_SKY)))
+def _part_of(thing, with_place, generator):
+    """A random part of a thing's facts: nearly always its colours and its shape."""
+    with_color = chance(0.95, generator)
+    with_shape = chance(0.96, generator)
+    with_size = chance(0.7, generator)
+    # "a red cube" is a plain one, but "a cube" may have any pattern
+    with_pattern = with_color or thing.pattern != "plain"
+    return Thing(
+        color=thing.color if with_color else None,
+        color2=thing.color2 if with_color else None,
+        shape=thing.shape if with_shape else None,
+        size=thing.size if with_size else None,
+        pattern=thing.pattern if with_pattern else None,
+        place=thing.place if with_place else None)
 
 
-def _thing(match):
-    size, color, color2, pattern, noun, place = match.groups()
-    color, color2 = sorted((color, color2), key=lambda c: [*COLORS, None].index(c))
-    pattern = pattern or ("plain" if color else None)
-    return Thing(color, color2, _NOUN[noun], _SIZE.get(size), pattern, _PLACE.get(place))
+def say(description: Description, generator: torch.Generator) -> str:
+    """Words for a Description that `ask` made. `parse` gives the same Description back."""
+
+    def choose(options):
+        """The first option three times out of four, else one of the others."""
+        if len(options) == 1 or chance(0.75, generator):
+            return options[0]
+        return options[torch.randint(1, len(options), (), generator=generator).item()]
+
+    phrases = [noun_phrase(thing, choose) for thing in description.things]
+    words = [word for _, word, _ in description.relations]
+    text = _sentence(phrases, words, choose)
+    setting = []
+    if description.floor:
+        setting.append(f"on a {description.floor} floor")
+    if description.sky:
+        setting.append(choose(SKY_WORDS[description.sky]))
+    text = choose(OPENINGS) + text
+    if setting:
+        text += choose((" ", ", ")) + " ".join(setting)
+    return text
 
 
-def parse(text):
-    """The Description that `text` states. Raises InputError where the grammar doesn't know the words."""
+def noun_phrase(thing: Thing, choose: Callable) -> str:
+    """For example "a large red and white striped ball on the left".
+
+    choose: a function that picks one of several options that mean the same.
+    """
+    words = []
+    if thing.size:
+        words.append(choose(SIZE_WORDS[thing.size]))
+    colors = [color for color in (thing.color, thing.color2) if color]
+    if colors:
+        direction = choose((1, -1))
+        words.append(" and ".join(colors[::direction]))
+    if thing.pattern not in (None, "plain"):
+        words.append(thing.pattern)
+    words.append(choose(NOUNS[thing.shape]))
+    if thing.place:
+        words.append(PLACE_WORDS[thing.place])
+    article = "an" if words[0][0] in "aeiou" else "a"
+    return f"{article} {' '.join(words)}"
+
+
+def _sentence(phrases, words, choose):
+    """Join one to three noun phrases. words: how the first is related to the second, and third."""
+    if words == ["right", "left"]:
+        return f"{phrases[0]} between {phrases[1]} and {phrases[2]}"
+    if not words:
+        listed = ", ".join(phrases[:-1])
+        return f"{listed} and {phrases[-1]}" if listed else phrases[-1]
+    text = f"{phrases[0]} {choose(RELATIONS[words[0]])} {phrases[1]}"
+    if len(phrases) == 3 and len(words) == 2:
+        text += f" and {choose(RELATIONS[words[1]])} {phrases[2]}"
+    elif len(phrases) == 3:
+        text += f", and {phrases[2]}"
+    return text
+
+
+# ---- from words to facts -----------------------------------------------------------------------
+
+def _meanings(words_of):
+    """{meaning: its words} -> {word: its meaning}."""
+    meanings = {}
+    for meaning, words in words_of.items():
+        for word in words:
+            meanings[word] = meaning
+    return meanings
+
+
+_NOUN_MEANINGS = _meanings(NOUNS)
+_SIZE_MEANINGS = _meanings(SIZE_WORDS)
+_RELATION_MEANINGS = _meanings(RELATIONS)
+_SKY_MEANINGS = _meanings(SKY_WORDS)
+_PLACE_MEANINGS = {words: place for place, words in PLACE_WORDS.items()}
+_PATTERN_WORDS = [pattern for pattern in PATTERNS if pattern != "plain"]
+
+
+def _any_of(words):
+    return "|".join(words)
+
+
+# "a large red and white striped ball on the left": all but the article and the noun may be missing
+_THING = re.compile(
+    r"\ban? "
+    rf"(?:(?P<size>{_any_of(_SIZE_MEANINGS)}) )?"
+    rf"(?:(?P<color>{_any_of(COLORS)}) )?"
+    rf"(?:and (?P<color2>{_any_of(COLORS)}) )?"
+    rf"(?:(?P<pattern>{_any_of(_PATTERN_WORDS)}) )?"
+    rf"(?P<noun>{_any_of(_NOUN_MEANINGS)})\b"
+    rf"(?: (?P<place>{_any_of(_PLACE_MEANINGS)})\b)?")
+# " on a grey floor, at night": each part may be missing
+_SETTING = re.compile(
+    rf"(?: ?,? ?on a (?P<floor>{_any_of(FLOORS)}) floor)?"
+    rf"(?: ?,? ?(?P<sky>{_any_of(_SKY_MEANINGS)}))?")
+
+
+def _all_words():
+    phrases = [
+        "a an and between , floor on", *OPENINGS, *COLORS, *FLOORS, *_PATTERN_WORDS,
+        *_NOUN_MEANINGS, *_SIZE_MEANINGS, *_RELATION_MEANINGS, *_SKY_MEANINGS, *_PLACE_MEANINGS]
+    return tuple(sorted(set(" ".join(phrases).split())))
+
+
+WORDS = _all_words()  # all words of the grammar, and the comma
+
+
+def parse(text: str) -> Description:
+    """The Description that a text states. Raises InputError for a text outside the grammar.
+
+    A text is an opening, noun phrases with joints between them, and a setting, for example
+    "a picture of | a red cube | left of | a cone | , and | a ball | on a grey floor at night".
+    """
     text = " ".join(text.lower().split())
     matches = list(_THING.finditer(text))
     if not matches:
-        raise InputError(f"caption {text!r} names no object; say e.g. 'a small red sphere left of a large blue cube'")
-    ends = [0] + [m.end() for m in matches]
-    opening, *joints = (text[end:m.start()].strip() for end, m in zip(ends, matches))
-    setting = _SETTING.fullmatch(text[ends[-1]:])
-    things = tuple(map(_thing, matches))
+        raise InputError(f"caption {text!r} names no object; "
+                         "say e.g. 'a small red sphere left of a large blue cube'")
+    opening = text[:matches[0].start()].strip()
+    joints = []
+    for match, next_match in zip(matches, matches[1:]):
+        joints.append(text[match.end():next_match.start()].strip())
+    setting = _SETTING.fullmatch(text[matches[-1].end():])
+
     if joints == ["between", "and"]:
         words = ["right", "left"]
     else:
-        words = [_RELATION.get(joint.removeprefix("and "), "" if joint in (",", "and", ", and") else None)
-                 for joint in joints]
+        words = [_relation_of(joint) for joint in joints]
+    known_openings = [known.strip() for known in OPENINGS]
+    if opening not in known_openings or None in words or setting is None:
+        raise InputError(f"caption {text!r} has words outside the grammar; "
+                         f"its words are {', '.join(WORDS)}")
+    things = tuple(_thing_of(match) for match in matches)
     relations = tuple((0, word, i + 1) for i, word in enumerate(words) if word)
-    if None in words or not setting or opening not in {o.strip() for o in OPENINGS}:
-        raise InputError(f"caption {text!r} has words outside the grammar; its words are {', '.join(WORDS)}")
-    return Description(things, relations, setting[1], _SKY.get(setting[2]))
+    return Description(things, relations, setting["floor"], _SKY_MEANINGS.get(setting["sky"]))
 
 
-WORDS = tuple(sorted(set(" ".join(["a an and between , floor on", *OPENINGS, *COLORS, *FLOORS, *list(PATTERNS)[1:],
-                                   *_NOUN, *_SIZE, *_RELATION, *_SKY, *_PLACE]).split())))
+def _relation_of(joint):
+    """The relation that words between two things state; "" in a mere list, None if unknown."""
+    if joint in (",", "and", ", and"):
+        return ""
+    return _RELATION_MEANINGS.get(joint.removeprefix("and "))
 
 
-def compare(asked, seen):
-    """{fact: (right, asked)} for every one of FACTS and "whole": which facts of Description `asked` hold in `seen`.
+def _thing_of(match):
+    """The Thing that a match of _THING names."""
+    color, color2 = sorted((match["color"], match["color2"]), key=[*COLORS, None].index)
+    pattern = match["pattern"]
+    if pattern is None and color is not None:
+        pattern = "plain"  # see _part_of
+    return Thing(color, color2, _NOUN_MEANINGS[match["noun"]], _SIZE_MEANINGS.get(match["size"]),
+                 pattern, _PLACE_MEANINGS.get(match["place"]))
 
-    The things are matched in the way that makes most facts hold; things that are missing make theirs wrong.
+
+# ---- comparing facts ---------------------------------------------------------------------------
+
+def compare(asked: Description, actual: Description) -> dict[str, tuple[int, int]]:
+    """{fact: (right, asked)}: for each of FACTS, how many are asked for and how many of these hold.
+
+    "whole" is (1, 1) if everything holds, else (0, 1). The things of the two Descriptions are
+    matched so that most facts hold; all facts of a thing that has no match are wrong.
     """
-    spare = (Thing(),) * max(0, len(asked.things) - len(seen.things))
-    candidates, best = seen.things + spare, None
+    missing = max(0, len(asked.things) - len(actual.things))
+    candidates = actual.things + (Thing(),) * missing
+    best = None
+    most_right = -1
     for order in permutations(range(len(candidates)), len(asked.things)):
-        score = {fact: [0, 0] for fact in FACTS}
-        for thing, k in zip(asked.things, order):
-            for f in fields(Thing):
-                want, got = getattr(thing, f.name), getattr(candidates[k], f.name)
-                if want is not None and f.name != "color2":
-                    same = want == got and (f.name != "color" or thing.color2 == candidates[k].color2)
-                    score[f.name] = [score[f.name][0] + same, score[f.name][1] + 1]
-        holds = [(order[i], word, order[j]) in seen.relations for i, word, j in asked.relations]
-        score["relation"] = [sum(holds), len(holds)]
-        if best is None or sum(right for right, _ in score.values()) > sum(right for right, _ in best.values()):
+        score = _score_of_match(asked, candidates, actual.relations, order)
+        right = sum(right for right, _ in score.values())
+        if right > most_right:
             best = score
-    best["count"] = [int(len(asked.things) == len(seen.things)), 1]
+            most_right = right
+    best["count"] = (int(len(asked.things) == len(actual.things)), 1)
     for fact in ("floor", "sky"):
-        want = getattr(asked, fact)
-        best[fact] = [int(want == getattr(seen, fact)), 1] if want else [0, 0]
-    best["whole"] = [int(all(right == total for right, total in best.values())), 1]
-    return {fact: tuple(counts) for fact, counts in best.items()}
+        wanted = getattr(asked, fact)
+        if wanted:
+            best[fact] = (int(wanted == getattr(actual, fact)), 1)
+    all_right = all(right == total for right, total in best.values())
+    return best | {"whole": (int(all_right), 1)}
+
+
+def _score_of_match(asked, candidates, relations, order):
+    """{fact: (right, asked)} for things and relations; asked.things[i] is candidates[order[i]]."""
+    score = {fact: (0, 0) for fact in FACTS}
+    for thing, k in zip(asked.things, order):
+        candidate = candidates[k]
+        for fact in THING_FACTS:
+            wanted = getattr(thing, fact)
+            if wanted is None:
+                continue
+            holds = wanted == getattr(candidate, fact)
+            if fact == "color":
+                holds = holds and thing.color2 == candidate.color2
+            right, total = score[fact]
+            score[fact] = (right + holds, total + 1)
+    right = 0
+    for i, word, j in asked.relations:
+        right += (order[i], word, order[j]) in relations
+    score["relation"] = (right, len(asked.relations))
+    return score

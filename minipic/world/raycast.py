@@ -1,7 +1,8 @@
-"""The ray caster: poses of solids and one camera ray per sample in, the nearest surface and its shadow out.
+"""The ray caster: solids and camera rays in, the nearest surfaces and the sunlight on them out.
 
-Everything is flat over the rays of a batch of pictures. Only rays inside a solid's projected box are tested against
-it, so the work follows the pictured area (a z-buffer over candidate pairs), not rays times solids.
+The rays of a batch of pictures form one flat list of R = B * height * width: picture by picture,
+row by row. A solid is tested only against the rays in a box around its projection (`candidates`).
+So the work grows with the area that solids cover in the pictures, not with rays times solids.
 """
 
 import math
@@ -11,92 +12,137 @@ import torch
 
 from minipic.world.solids import SOLIDS
 
-_ENTER = [solid.enter for solid in SOLIDS.values()]
-_GRAZE = 1e-3           # shadow rays start this far above the surface, in world units
+_ENTER_FUNCTIONS = [solid.enter for solid in SOLIDS.values()]
+_LIFT = 1e-3  # a shadow ray starts this far above its surface, so as not to meet it again
 
 
 @dataclass
 class Bodies:
-    """K solids of B pictures, sorted by shape: `shape` and `picture` [K]; `pose` [6,K]: centre x y z, cos and sin of
-    the turn, 1 / radius."""
-    shape: torch.Tensor
-    picture: torch.Tensor
-    pose: torch.Tensor
+    """K solids of B pictures, sorted by shape. A "body" is a row of this table."""
+
+    shape: torch.Tensor  # [K] which of SOLIDS
+    picture: torch.Tensor  # [K] in which picture of the batch
+    pose: torch.Tensor  # [6,K]: centre x y z in the world, cosine and sine of the turn, 1 / radius
 
 
 @dataclass
 class Surface:
-    """What R rays meet: `depth` [R] (inf: sky), `body` [R] (row of Bodies, -1: floor or sky), and in the world `point`
-    and `normal` [3,R]; `local` [3,R] is the point in the solid's own frame; `lit` [R] the light, 0 to 1."""
-    depth: torch.Tensor
-    body: torch.Tensor
-    point: torch.Tensor
-    normal: torch.Tensor
-    local: torch.Tensor
-    lit: torch.Tensor
+    """What each of R rays meets."""
+
+    depth: torch.Tensor  # [R] along the camera's axis, in world units; inf in the sky
+    body: torch.Tensor  # [R] row of Bodies; -1 for the floor and the sky
+    point: torch.Tensor  # [3,R] in the world
+    normal: torch.Tensor  # [3,R] in the world; 0 in the sky
+    local: torch.Tensor  # [3,R] the point in the solid's own frame; 0 outside the solids
+    lit: torch.Tensor  # [R] sunlight, 0 to 1; `cast_shadows` fills it in
 
 
-def pairs(boxes, picture, size):
-    """Every (body, ray) with the ray inside the body's pixel box: boxes [K,4] x0 y0 x1 y1 (end exclusive), long."""
-    wide, tall = (boxes[:, 2] - boxes[:, 0]).clamp_min(0), (boxes[:, 3] - boxes[:, 1]).clamp_min(0)
-    count = wide * tall
-    body = torch.repeat_interleave(torch.arange(len(boxes)), count)
-    start = (picture * size[0] + boxes[:, 1]) * size[1] + boxes[:, 0]        # the box's first ray
-    within = torch.arange(len(body)) - (count.cumsum(0) - count)[body]
-    line = torch.div(within, wide[body], rounding_mode="floor")
-    return body, start[body] + within + line * (size[1] - wide[body])
+def cast_rays(bodies: Bodies, boxes: torch.Tensor, eye: torch.Tensor, rays: torch.Tensor,
+              size: tuple[int, int]) -> Surface:
+    """The nearest surface along every ray.
 
+    boxes [K,4]: a box around each solid's projection, see `candidates`
+    eye [B,3]: the cameras' centres
+    rays [3,R]: the rays' directions, of length 1 along the camera's axis, see camera.directions
+    size: (height, width) of each picture
+    """
+    rays_of_a_picture = size[0] * size[1]
+    eye = eye.T.repeat_interleave(rays_of_a_picture, 1)
+    floor_depth = torch.where(rays[1] < 0, -eye[1] / rays[1], math.inf)
 
-def _turn_in(pose, x, y, z):
-    """World vectors -> the solids' frames (pose rows gathered per ray)."""
-    _, _, _, c, s, inverse = pose
-    return (c * x - s * z) * inverse, y * inverse, (s * x + c * z) * inverse
+    body, ray = candidates(boxes, bodies.picture, size)
+    t, normal, origin, toward = _enter_solids(
+        bodies, body, eye.index_select(1, ray), rays.index_select(1, ray))
+    depth = floor_depth.scatter_reduce(0, ray, t, "amin")
 
+    # of a ray's candidates, the one that gave the least depth is visible
+    visible = ((t == depth[ray]) & (t < math.inf)).nonzero()[:, 0]
+    body = body[visible]
+    ray = ray[visible]
+    body_of_ray = torch.full((len(depth),), -1).index_copy_(0, ray, body)
+    t = t[visible]
+    local_point = torch.stack([origin[i][visible] + t * toward[i][visible] for i in range(3)])
+    local = torch.zeros_like(rays).index_copy_(1, ray, local_point)
 
-def _meet(bodies, body, origin, toward):
-    """Distances t [N] and normals [3,N] in the solids' frames; `body` [N] is sorted by shape."""
-    pose = bodies.pose.index_select(1, body)
-    o = _turn_in(pose, *(origin[i] - pose[i] for i in range(3)))
-    d = _turn_in(pose, *toward)
-    found, at = [], 0
-    for enter, count in zip(_ENTER, torch.bincount(bodies.shape[body], minlength=len(_ENTER)).tolist()):
-        if count:
-            t, normal = enter(*(v[at:at + count] for v in (*o, *d)))
-            found.append(torch.stack([t, *normal]))
-            at += count
-    found = torch.cat(found, 1) if found else torch.empty(4, 0)
-    return found[0], found[1:], o, d
-
-
-def cast(bodies, boxes, eye, rays, size):
-    """The nearest surface along every ray. eye [B,3]; rays [3,R] with unit component along the view, R = B h w;
-    boxes [K,4] must hold the solids' pictures."""
-    per = size[0] * size[1]
-    eye = eye.T.repeat_interleave(per, 1)
-    depth = torch.where(rays[1] < 0, -eye[1] / rays[1], math.inf)
-    body, ray = pairs(boxes, bodies.picture, size)
-    t, normal, o, d = _meet(bodies, body, eye.index_select(1, ray), rays.index_select(1, ray))
-    depth = depth.scatter_reduce(0, ray, t, "amin")
-    won = ((t == depth[ray]) & (t < math.inf)).nonzero()[:, 0]
-    body, ray, t = body[won], ray[won], t[won]
-    _, _, _, c, s, _ = bodies.pose.index_select(1, body)
-    x, y, z = normal.index_select(1, won)
-    whose = torch.full((len(depth),), -1).index_copy_(0, ray, body)
     normals = torch.zeros_like(rays)
-    normals[1] = (depth < math.inf).to(rays.dtype)
-    normals = normals.index_copy_(1, ray, torch.stack([c * x + s * z, y, c * z - s * x]))
-    local = torch.zeros_like(rays).index_copy_(1, ray, torch.stack([o[i][won] + t * d[i][won] for i in range(3)]))
+    normals[1] = (depth < math.inf).to(rays.dtype)  # the floor's normal is (0, 1, 0)
+    _, _, _, cos, sin, _ = bodies.pose.index_select(1, body)
+    x, y, z = normal.index_select(1, visible)
+    world_normal = torch.stack([cos * x + sin * z, y, cos * z - sin * x])
+    normals = normals.index_copy_(1, ray, world_normal)
+
     point = eye + torch.where(depth < math.inf, depth, 0.0) * rays
-    return Surface(depth, whose, point, normals, local, torch.ones_like(depth))
+    return Surface(depth, body_of_ray, point, normals, local, lit=torch.ones_like(depth))
 
 
-def shine(surface, bodies, boxes, light, size):
-    """Fill `surface.lit`: the cosine of the light's angle, 0 in cast shadow. light [3,R]: unit vectors to the light;
-    boxes [K,4] must hold the pictures of the solids' shadow volumes."""
+def cast_shadows(surface: Surface, bodies: Bodies, boxes: torch.Tensor, light: torch.Tensor,
+                 size: tuple[int, int]):
+    """Fill in surface.lit: the cosine between normal and light, 0 where a solid is in the way.
+
+    boxes [K,4]: a box around each solid and its shadow, see `candidates`
+    light [3,R]: unit vectors to the light
+    """
     lit = (surface.normal * light).sum(0).clamp_min(0)
-    body, ray = pairs(boxes, bodies.picture, size)
-    matter = ((surface.body[ray] != body) & (lit[ray] > 0)).nonzero()[:, 0]      # the others are dark or self already
-    body, ray = body[matter], ray[matter]
-    start = surface.point.index_select(1, ray) + _GRAZE * surface.normal.index_select(1, ray)
-    t, *_ = _meet(bodies, body, start, light.index_select(1, ray))
+    body, ray = candidates(boxes, bodies.picture, size)
+    # Points that face away from the light are dark already. A solid's shadow on itself is left out:
+    # only a torus casts one.
+    undecided = ((surface.body[ray] != body) & (lit[ray] > 0)).nonzero()[:, 0]
+    body = body[undecided]
+    ray = ray[undecided]
+    start = surface.point.index_select(1, ray) + _LIFT * surface.normal.index_select(1, ray)
+    t, _, _, _ = _enter_solids(bodies, body, start, light.index_select(1, ray))
     surface.lit = lit.index_fill(0, ray[t < math.inf], 0.0)
+
+
+def candidates(boxes: torch.Tensor, picture: torch.Tensor,
+               size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every pair of a body and a ray that goes through the body's box: two tensors of integers.
+
+    boxes [K,4]: x0 y0 x1 y1 in whole pixels, the end exclusive. picture [K]: which it is in.
+    """
+    height, width = size
+    x0, y0, x1, y1 = boxes.unbind(1)
+    box_width = (x1 - x0).clamp_min(0)
+    box_height = (y1 - y0).clamp_min(0)
+    count = box_width * box_height
+    body = torch.repeat_interleave(torch.arange(len(boxes)), count)
+    first_of_body = count.cumsum(0) - count
+    number = torch.arange(len(body)) - first_of_body[body]  # of the ray within its box
+    row = torch.div(number, box_width[body], rounding_mode="floor")
+    first_ray = (picture * height + y0) * width + x0
+    # from row to row of a box a ray's number grows by `width`; `number` grows by box_width alone
+    ray = first_ray[body] + number + row * (width - box_width[body])
+    return body, ray
+
+
+def _enter_solids(bodies, body, origin, toward):
+    """Where N rays enter the solids body [N], which are sorted by shape.
+
+    origin, toward [3,N]: the rays, in the world.
+    -> t [N], and in the solids' own frames the normals [3,N] and the rays' origins and directions,
+    three tensors [N] each.
+    """
+    pose = bodies.pose.index_select(1, body)
+    origin = _to_local(pose, *(origin[i] - pose[i] for i in range(3)))
+    toward = _to_local(pose, *toward)
+    counts = torch.bincount(bodies.shape[body], minlength=len(_ENTER_FUNCTIONS)).tolist()
+    parts = [torch.empty(4, 0)]  # in case there are no rays
+    start = 0
+    for enter, count in zip(_ENTER_FUNCTIONS, counts):
+        if count == 0:
+            continue
+        rays = [v[start:start + count] for v in (*origin, *toward)]
+        t, normal = enter(*rays)
+        parts.append(torch.stack([t, *normal]))
+        start += count
+    t_and_normal = torch.cat(parts, dim=1)
+    return t_and_normal[0], t_and_normal[1:], origin, toward
+
+
+def _to_local(pose, x, y, z):
+    """World vectors in the solids' own frames: turned back and scaled by 1 / radius. pose [6,N]."""
+    _, _, _, cos, sin, inverse_radius = pose
+    local_x = (cos * x - sin * z) * inverse_radius
+    local_y = y * inverse_radius
+    local_z = (sin * x + cos * z) * inverse_radius
+    return local_x, local_y, local_z
