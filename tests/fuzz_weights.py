@@ -1,8 +1,11 @@
-"""Mutate weights files and see that each is refused in a sentence naming it: python tests/fuzz_weights.py --n 10000
+"""Mutate weights files and see that each is refused in a sentence that names it.
 
-Structural faults (a tensor dropped, doubled, renamed, reshaped, of another dtype or place; NaN; cut or added bytes)
-must all be refused, naming the file and, where one is at fault, the tensor. A random byte of the data may pass: only a
-hash can see it, so each such file is also shown to `verify`'s sha256. Prints the counts.
+    python tests/fuzz_weights.py --n 10000
+
+Structural faults (a tensor dropped, doubled, renamed, reshaped, of another dtype or place; NaN;
+cut or added bytes) must all be refused, naming the file and, where one is at fault, the tensor. A
+random byte of the data may pass: only a hash can see it, so the sha256 of each such file must
+differ. Prints the counts.
 """
 
 import argparse
@@ -19,9 +22,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from single_files import networks, single_file, tiny  # noqa: E402
 
-from minipic import layouts  # noqa: E402
 from minipic.common import InputError  # noqa: E402
-from minipic.weights import read_header, read_weights, save_weights, sha256  # noqa: E402
+from minipic.weights import layouts, read_weights, save_weights  # noqa: E402
+from minipic.weights.files import sha256  # noqa: E402
+from minipic.weights.single_file import SINGLE_FILES, from_single_file  # noqa: E402
+
+INTEGERS_AND_MARKS = ("position_ids", "logit_scale", "betas", "count")  # which no network has
+DTYPES = {"F32", "F64", "I8", "BF16", "F8_E4M3", "Q", "I16"}
 
 
 def split(content):
@@ -35,10 +42,11 @@ def join(header, data):
 
 
 def structural(content, chance):
-    """(mutant, the tensor at fault or None, whether it takes the table of a network's names and shapes to see it)."""
+    """(mutant, the tensor at fault or None, whether it takes a network's table of names to see)."""
     header, data = split(content)
-    name = chance.choice([name for name in header if name != "__metadata__" and "model_ema" not in name
-                          and name.rsplit(".", 1)[-1] not in ("position_ids", "logit_scale", "betas", "count")])
+    name = chance.choice([
+        name for name in header if name != "__metadata__" and "model_ema" not in name
+        and name.rsplit(".", 1)[-1] not in INTEGERS_AND_MARKS])
     entry, kind = header[name], chance.randrange(12)
     start, end = entry["data_offsets"]
     if kind == 0:
@@ -47,7 +55,8 @@ def structural(content, chance):
         return content + bytes(chance.randrange(1, 100)), None, False
     if kind == 2:
         text = json.dumps(header)
-        return join((text[:-1] + f", {json.dumps(name)}: {json.dumps(entry)}}}").encode(), data), name, False
+        twice = text[:-1] + f", {json.dumps(name)}: {json.dumps(entry)}}}"
+        return join(twice.encode(), data), name, False
     if kind == 3:
         header[name + "x"] = header.pop(name)
         return join(header, data), name, True
@@ -56,7 +65,7 @@ def structural(content, chance):
     elif kind == 5:
         entry["shape"] = [1, *entry["shape"]]
     elif kind == 6:
-        entry["dtype"] = chance.choice(sorted({"F32", "F64", "I8", "BF16", "F8_E4M3", "Q", "I16"} - {entry["dtype"]}))
+        entry["dtype"] = chance.choice(sorted(DTYPES - {entry["dtype"]}))
     elif kind == 7:
         entry["data_offsets"] = [start + 2, end + 2]
     elif kind == 8:
@@ -69,57 +78,64 @@ def structural(content, chance):
         data = data[:start] + data[end:]
         for other in header.values():
             if "data_offsets" in other and other["data_offsets"][0] >= end:
-                other["data_offsets"] = [place - (end - start) for place in other["data_offsets"]]
+                other["data_offsets"] = [x - (end - start) for x in other["data_offsets"]]
     else:
-        place = chance.randrange(start // 2, end // 2) * 2  # the files hold fp16: 7e00 is NaN
+        place = chance.randrange(start // 2, end // 2) * 2  # the files hold fp16, 7e00 is NaN
         data = data[:place] + b"\x00\x7e" + data[place + 2:]
     return join(header, data), name, kind in (5, 10) or entry["dtype"] in ("BF16", "I16")
 
 
 def corpus(folder):
-    """{kind: (good file, its reader)}: a single file, the UNet of a diffusers folder, and weights without a table."""
+    """{kind: (good file, reader)}: a single file, a folder's UNet, and weights of no network."""
     parts, index, scheduler = tiny("sdxl")
     models = networks(parts)
     save_weights(single_file("sdxl", models), folder / "single.safetensors")
     layouts.save_folder(folder / "model", models, index, scheduler)
-    save_weights({f"p{i}.weight": torch.randn(16, 16).half() for i in range(8)}, folder / "loose.safetensors")
+    loose = {f"p{i}.weight": torch.randn(16, 16).half() for i in range(8)}
+    save_weights(loose, folder / "loose.safetensors")
 
-    def single(path):
-        source = layouts.from_single_file(path, parts, index, scheduler)
-        return {f"{name}.{k}": x for name, part in source.parts.items()
-                for k, x in layouts.load_part(part).state_dict().items()}
+    def read_single(path):
+        for part in from_single_file(path, parts, index, scheduler).parts.values():
+            layouts.load_part(part)
 
-    return {"single": (folder / "single.safetensors", single),
-            "folder": (folder / "model" / "unet" / "diffusion_pytorch_model.safetensors",
-                       lambda path: layouts.load_part(layouts.open_part(path.parent, "unet")).state_dict()),
-            "loose": (folder / "loose.safetensors", read_weights)}
+    def read_unet(path):
+        layouts.load_part(layouts.open_part(path.parent, "unet"))
+
+    return {
+        "single": (folder / "single.safetensors", read_single),
+        "folder": (folder / "model/unet/diffusion_pytorch_model.safetensors", read_unet),
+        "loose": (folder / "loose.safetensors", read_weights)}
 
 
 def fuzz(folder, n, seed=0):
     """Counter of what became of n mutants, structural and random bytes in turn."""
     counts, chance = Counter(), random.Random(seed)
-    good = {kind: (path, reader, path.read_bytes()) for kind, (path, reader) in corpus(folder).items()}
-    hashes = {kind: sha256(path) for kind, (path, _, _) in good.items()}
+    good = {}
+    for kind, (path, reader) in corpus(folder).items():
+        good[kind] = path, reader, path.read_bytes(), sha256(path)
     for i in range(n):
         kind = list(good)[i % len(good)]
-        path, reader, content = good[kind]
-        if i // len(good) % 2:
+        path, reader, content, good_hash = good[kind]
+        is_structural = i // len(good) % 2
+        if is_structural:
             mutant, tensor, by_table = structural(content, chance)
         else:
             place = chance.randrange(min(len(content), chance.choice([8, 10_000, len(content)])))
-            mutant = content[:place] + bytes([content[place] ^ chance.randrange(1, 256)]) + content[place + 1:]
+            byte = bytes([content[place] ^ chance.randrange(1, 256)])
+            mutant = content[:place] + byte + content[place + 1:]
             tensor = None
         path.unlink()  # a new file: tensors read before may still be mapped to the old one
         path.write_bytes(mutant)
         try:
             reader(path)
-            if i // len(good) % 2:
-                fine = by_table and kind == "loose"
-                counts["accepted, no table to see it by" if fine else "structural accepted"] += 1
-                if not fine:
-                    print(f"{kind} {i}: accepted a structural fault in {tensor}")
+            if not is_structural:
+                same = sha256(path) == good_hash
+                counts["crashed" if same else "byte accepted, seen by hash"] += 1
+            elif by_table and kind == "loose":
+                counts["accepted, no table to see it by"] += 1
             else:
-                counts["byte accepted, seen by hash" if sha256(path) != hashes[kind] else "crashed"] += 1
+                counts["structural accepted"] += 1
+                print(f"{kind} {i}: accepted a structural fault in {tensor}")
         except InputError as error:
             named = path.name in str(error) and (tensor is None or named_in(tensor, str(error)))
             counts["refused" if named else "unnamed"] += 1
@@ -135,9 +151,12 @@ def fuzz(folder, n, seed=0):
 
 def named_in(tensor, message):
     """Whether the message names the tensor, as the file does or as this library does."""
-    part = next((part for part in layouts.SINGLE_FILES["sdxl"][0].values() if tensor.startswith(part.prefix)), None)
-    ours = part.convert(tensor.removeprefix(part.prefix), torch.empty(3, 1)) if part else []
-    return any(name in message for name in [tensor, *(name for name, _ in ours)])
+    names = [tensor]
+    for part in SINGLE_FILES["sdxl"].parts.values():
+        if tensor.startswith(part.prefix):
+            renamed = part.convert(tensor.removeprefix(part.prefix), torch.empty(3, 1))
+            names += [name for name, _ in renamed]
+    return any(name in message for name in names)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""weights/download.py against a server on this machine that cuts, lies, and answers with web pages."""
+"""weights/download.py against a local server that cuts, lies, and answers with web pages."""
 
 import hashlib
 import importlib.util
@@ -34,16 +34,19 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        server, kind = self.server, self.server.faults.pop(0) if self.server.faults else None
+        server = self.server
+        kind = server.faults.pop(0) if server.faults else None
         server.requests.append(dict(self.headers))
         content = server.files.get(self.path)
         if isinstance(kind, int) and kind >= 400 or content is None:
             return self.send_error(kind or 404)
         if kind == "html":
-            return self.reply(200, b"<html>sign in</html>", {"Content-Type": "text/html; charset=utf-8"})
+            headers = {"Content-Type": "text/html; charset=utf-8"}
+            return self.reply(200, b"<html>sign in</html>", headers)
         if kind == "redirect":
             return self.reply(302, b"", {"Location": server.url + self.path, "Content-Length": 0})
-        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
+        wanted = self.headers.get("Range", "bytes=0-")
+        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
         if kind == "ignore range" or self.headers.get("If-Range", server.tag) != server.tag:
             start = 0
         if start >= len(content):
@@ -71,8 +74,8 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, str(value))
         self.end_headers()
+        self.server.sent += len(body)  # before the client can have it all and look
         self.wfile.write(body)
-        self.server.sent += len(body)
 
 
 @pytest.fixture
@@ -102,8 +105,9 @@ def fetch(server, tmp_path):
 
 
 @pytest.mark.parametrize("faults, requests", [
-    ([], 1), (["redirect"], 2), (["html"], 2), (["flip"], 2), (["other length"], 2), (["no length"], 1), (["no tag"], 1),
-    ([503, 429, 500], 4), ([("cut", 100_000)], 2), ([("cut", 0)] * 5, 6), ([("cut", 1000), "ignore range"], 2),
+    ([], 1), (["redirect"], 2), (["html"], 2), (["flip"], 2), (["other length"], 2),
+    (["no length"], 1), (["no tag"], 1), ([503, 429, 500], 4), ([("cut", 100_000)], 2),
+    ([("cut", 0)] * 5, 6), ([("cut", 1000), "ignore range"], 2),
     ([("cut", 1000), "wrong range"], 3), ([("cut", 5000), 416], 3), ([("cut", 5000), "html"], 3),
     (["redirect", ("cut", 70_000), "redirect"], 4)])
 def test_faults_that_pass(server, fetch, faults, requests):
@@ -121,8 +125,9 @@ def test_a_connection_cut_again_and_again(server, fetch, cuts):
 
 
 @pytest.mark.parametrize("faults, words", [
-    (["html"] * 2, "a web page"), (["flip"] * 2, "sha256"), (["other length"] * 2, "300,004 bytes"),
-    ([404], "404"), ([403], "403"), ([500] * 6, "500"), ([("cut", 0)] * 6, "cut at 0 of 300,000 bytes")])
+    (["html"] * 2, "a web page"), (["flip"] * 2, "sha256"),
+    (["other length"] * 2, "300,004 bytes"), ([404], "404"), ([403], "403"), ([500] * 6, "500"),
+    ([("cut", 0)] * 6, "cut at 0 of 300,000 bytes")])
 def test_faults_that_stay(server, fetch, tmp_path, faults, words):
     (tmp_path / "file.bin").write_bytes(b"older")
     server.faults = list(faults)
@@ -133,10 +138,14 @@ def test_faults_that_stay(server, fetch, tmp_path, faults, words):
 
 
 def test_going_on_after_a_stop(server, fetch, tmp_path):
-    """What an earlier run has left is used: whole, in part, too long, or of another version of the file."""
+    """An earlier run has left a file: whole, in part, too long, or of another version."""
     part, note = tmp_path / "file.bin.part", tmp_path / "file.bin.part.etag"
-    for left, tag, sent in ((CONTENT, None, 0), (CONTENT[:200_000], '"one"', 100_000), (CONTENT + b"x", None, 300_000),
-                            (b"y" * 200_000, '"two"', 300_000), (CONTENT[:200_000], None, 100_000)):
+    for left, tag, sent in (
+            (CONTENT, None, 0),
+            (CONTENT[:200_000], '"one"', 100_000),
+            (CONTENT + b"x", None, 300_000),
+            (b"y" * 200_000, '"two"', 300_000),
+            (CONTENT[:200_000], None, 100_000)):
         part.write_bytes(left)
         if tag:
             note.write_text(tag)
@@ -171,25 +180,58 @@ def test_json_of_unknown_hash_must_be_json(server, tmp_path):
     assert (tmp_path / "config.json").read_bytes() == b'{"a": 1}'
 
 
-def test_a_whole_model_from_a_mirror(server, tmp_path, monkeypatch, capsys):
-    """Each file at its pinned revision; what is there and right is left, what is wrong is fetched again."""
+@pytest.fixture
+def model(server, tmp_path, monkeypatch):
+    """(the command that fetches a model of two files, the folder that it goes to)"""
     files = {"unet/config.json": [8, None], "unet/w.safetensors": [len(CONTENT), SHA256]}
-    monkeypatch.setitem(download.OFFICIAL, "repositories", {"someone/model": {"revision": "abc", "files": files}})
+    about = {"someone/model": {"revision": "abc", "files": files}}
+    monkeypatch.setitem(download.OFFICIAL, "repositories", about)
     monkeypatch.setitem(download.OFFICIAL["downloads"], "sd15", {"someone/model": list(files)})
     root = "/someone/model/resolve/abc/"
     server.files = {root + "unet/config.json": b'{"a": 1}', root + "unet/w.safetensors": CONTENT}
-    command = ["sd15", "--out", str(tmp_path / "out"), "--mirror", server.url + "/"]
+    folder = tmp_path / "out"
+    return ["sd15", "--out", str(folder), "--mirror", server.url + "/"], folder
+
+
+def test_a_whole_model_from_a_mirror(server, model, tmp_path, capsys):
+    """Each file at its pinned revision."""
+    command, folder = model
     assert download.main(command) == 0 and len(server.requests) == 2
-    assert (tmp_path / "out" / "unet" / "w.safetensors").read_bytes() == CONTENT
-    assert download.main(command) == 0 and len(server.requests) == 2
-    (tmp_path / "out" / "unet" / "w.safetensors").write_bytes(bytes(len(CONTENT)))
-    assert download.main(command) == 0 and len(server.requests) == 3
-    assert "fetching it again" in capsys.readouterr().out
+    assert (folder / "unet" / "w.safetensors").read_bytes() == CONTENT
     assert download.main([*command[:3], "--mirror", "somewhere"]) == 2
     assert "--mirror" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert download.main(["sd15", "--out", str(tmp_path / "file"), "--mirror", server.url]) == 2
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_run_again_it_verifies_what_is_there(server, model, capsys):
+    """What is right is left; a cut file, and one with a single bit flipped, are fetched again."""
+    command, folder = model
+    assert download.main(command) == 0 and len(server.requests) == 2
+    capsys.readouterr()
+    assert download.main(command) == 0 and len(server.requests) == 2
+    assert "w.safetensors: already there, its sha256 is right" in capsys.readouterr().out
+
+    path = folder / "unet" / "w.safetensors"
+    flipped = bytearray(CONTENT)
+    flipped[len(flipped) // 2] ^= 1
+    for requests, wrong, words in (
+            (3, CONTENT[:-1], "299,999 bytes"), (4, flipped, "its sha256 is")):
+        path.write_bytes(wrong)
+        assert download.main(command) == 0 and len(server.requests) == requests
+        output = capsys.readouterr().out
+        assert words in output and "fetching it again" in output
+        assert path.read_bytes() == CONTENT
+    (folder / "unet" / "config.json").write_bytes(b'{"a": 1 ')  # of unknown hash, but not JSON
+    assert download.main(command) == 0 and len(server.requests) == 5
+
+
+def test_help_says_that_it_verifies(capsys):
+    with pytest.raises(SystemExit):
+        download.main(["--help"])
+    assert "it checks the size and sha256 of the files that are there" in " ".join(
+        capsys.readouterr().out.split())
 
 
 def test_a_full_disk_is_told_before_the_download(server, tmp_path):
@@ -199,14 +241,19 @@ def test_a_full_disk_is_told_before_the_download(server, tmp_path):
 
 
 def test_the_table_of_official_files():
-    """Every listed download is a known file of a pinned revision; hashes are sha256, and weights have one."""
+    """Every listed download is a known file of a pinned revision. Weights have a sha256."""
     table = json.loads(SCRIPT.with_name("official.json").read_text())
-    assert set(table["downloads"]) == {"sdxl-base", "sdxl-refiner", "sdxl-turbo", "sd15", "vae-fp16-fix", "clip-l"}
-    for repository, about in table["repositories"].items():
+    assert set(table["downloads"]) == {
+        "sdxl-base", "sdxl-refiner", "sdxl-turbo", "sd15", "vae-fp16-fix", "clip-l"}
+    for about in table["repositories"].values():
         for name, (size, sha256) in about["files"].items():
             assert size is None or size > 0
-            assert sha256 is None and name.endswith(".json") or re.fullmatch("[0-9a-f]{64}", sha256), name
-    for name, sources in table["downloads"].items():
+            if sha256 is None:
+                assert name.endswith(".json")
+            else:
+                assert re.fullmatch("[0-9a-f]{64}", sha256), name
+    for sources in table["downloads"].values():
         for repository, paths in sources.items():
-            assert re.fullmatch("[0-9a-f]{40}", table["repositories"][repository]["revision"])
-            assert set(paths) <= set(table["repositories"][repository]["files"]) and len(set(paths)) == len(paths)
+            about = table["repositories"][repository]
+            assert re.fullmatch("[0-9a-f]{40}", about["revision"])
+            assert set(paths) <= set(about["files"]) and len(set(paths)) == len(paths)

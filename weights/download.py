@@ -1,7 +1,9 @@
 """Fetch official weights: python weights/download.py sdxl-base [--out DIR] [--mirror URL]
 
-Each file comes from a pinned revision, resumes after a cut, is checked by size and sha256 (official.json) and gets its
-name only when it is whole. Needs the standard library and tqdm only.
+Each file comes from a pinned revision, goes on after a cut, is checked by size and sha256, and gets
+its name only when it is whole. Files that are there already are checked too, so the same command
+verifies a model that was fetched before. Sizes and hashes are in official.json. Needs the standard
+library and tqdm only.
 """
 
 import argparse
@@ -23,9 +25,10 @@ from tqdm import tqdm
 HERE = Path(__file__).parent
 OFFICIAL = json.loads((HERE / "official.json").read_text(encoding="utf-8"))
 HUB = "https://huggingface.co"
-BLOCK = 1 << 20
+BLOCK = 1 << 20  # bytes
 TIMEOUT = 60  # seconds without a byte
-NETWORK = (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
+NETWORK_ERRORS = (
+    urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
 ATTEMPTS = 6  # in a row that bring nothing new; a cut after some progress starts the count again
 
 
@@ -33,152 +36,216 @@ class DownloadError(Exception):
     """Why a file cannot be had, in one sentence."""
 
 
-class Wrong(Exception):
-    """What arrived cannot be the file; it is discarded and fetched once more."""
+class WrongFile(Exception):
+    """What is there, or what arrived, cannot be the official file."""
 
 
-def fetch(url, target, size=None, sha256=None, pause=1.0):
-    """Bring `url` to the file `target`; bytes of an earlier, cut attempt (`target`.part) are kept.
+# One file ---------------------------------------------------------------------------------------
 
-    `size`, `sha256`: of the right file, None where not known. `pause`: seconds before the second attempt, doubled for
-    each further one. Raises DownloadError; `target` is then as it was before.
+
+def fetch(url: str, target: Path, size: int | None = None, sha256: str | None = None,
+          pause: float = 1.0):
+    """Bring `url` to the file `target`. Bytes of an earlier attempt, in `target`.part, are kept.
+
+    size, sha256: of the right file, None where not known. pause: seconds before the second attempt,
+    doubled for each further one. Raises DownloadError; `target` is then as it was before.
     """
-    part, discarded, fruitless = target.with_name(target.name + ".part"), 0, 0
+    part = target.with_name(target.name + ".part")
     target.parent.mkdir(parents=True, exist_ok=True)
-    if size and shutil.disk_usage(target.parent).free < size - length_of(part):
-        raise DownloadError(f"{target} needs {size:,} bytes and the disk has {shutil.disk_usage(target.parent).free:,} "
-                            "free; make room or choose another --out")
+    check_space(target, length_of(part), size)
+    discarded = 0  # wrong files that arrived; one is fetched again
+    fruitless = 0  # attempts in a row that brought nothing new
     while True:
         before = length_of(part)
         try:
             receive(url, part, size)
             check(part, size, sha256)
             break
-        except Wrong as error:
+        except WrongFile as error:
             discard(part)
             discarded += 1
             if discarded == 2:
-                raise DownloadError(f"{url}: {error}, twice; try later or another --mirror") from None
+                problem = f"{error}, twice; try later or another --mirror"
+                raise DownloadError(f"{url}: {problem}") from None
         except urllib.error.HTTPError as error:
-            if error.code < 500 and error.code not in (408, 429):  # those two ask to come again later
-                raise DownloadError(f"{url}: the server answers {error.code} ({error.reason}); "
-                                    "check the address or try another --mirror") from None
-            fruitless, reason = fruitless + 1, f"the server answers {error.code}"
+            asks_to_come_again = error.code >= 500 or error.code in (408, 429)
+            if not asks_to_come_again:
+                raise DownloadError(
+                    f"{url}: the server answers {error.code} ({error.reason}); check the address "
+                    "or try another --mirror") from None
+            reason = f"the server answers {error.code}"
+            fruitless += 1
         except (ValueError, http.client.InvalidURL) as error:
             raise DownloadError(f"{url}: is no address ({error}); check --mirror") from None
-        except NETWORK as error:
-            fruitless, reason = 0 if length_of(part) > before else fruitless + 1, getattr(error, "reason", error)
+        except NETWORK_ERRORS as error:
+            reason = getattr(error, "reason", error)
+            fruitless = 0 if length_of(part) > before else fruitless + 1
         if fruitless == ATTEMPTS:
-            raise DownloadError(f"{url}: no connection after {ATTEMPTS} attempts ({reason}); the same command "
-                                "goes on from here")
-        time.sleep(pause * 2 ** fruitless if fruitless else 0)
+            raise DownloadError(
+                f"{url}: no connection after {ATTEMPTS} attempts ({reason}); the same command goes "
+                "on from here")
+        if fruitless > 0:
+            time.sleep(pause * 2 ** fruitless)
     with open(part, "rb") as file:
         os.fsync(file.fileno())
     os.replace(part, target)
     discard(part)  # only its note is left
 
 
-def receive(url, part, size):
-    """One request: append to `part` what it lacks. Returns when the server has sent all it announced."""
-    have, note = length_of(part), part.with_name(part.name + ".etag")
-    if size and have > size:
-        raise Wrong(f"{have:,} bytes are there already, and the file has {size:,}")
-    if have and have == size:
+def check_space(target: Path, present: int, size: int | None):
+    """DownloadError where the disk has no room for the bytes of a file that are not present."""
+    free = shutil.disk_usage(target.parent).free
+    if size and free < size - present:
+        raise DownloadError(
+            f"{target} needs {size:,} bytes and the disk has {free:,} free; make room or choose "
+            "another --out")
+
+
+def receive(url: str, part: Path, size: int | None):
+    """One request: append to `part` what it lacks. Returns when all that was announced is there."""
+    present = length_of(part)
+    note = note_of(part)
+    if size and present > size:
+        raise WrongFile(f"{present:,} bytes are there already, and the file has {size:,}")
+    if size and present == size:
         return
-    request = urllib.request.Request(url, headers={"User-Agent": "minipic", "Accept-Encoding": "identity"})
-    if have:
-        request.add_header("Range", f"bytes={have}-")
-        if note.exists():  # another version of the file since the cut: the server then sends all of it
+
+    request = urllib.request.Request(
+        url, headers={"User-Agent": "minipic", "Accept-Encoding": "identity"})
+    if present:
+        request.add_header("Range", f"bytes={present}-")
+        if note.exists():  # of another version of the file, the server then sends all
             request.add_header("If-Range", note.read_text())
     try:
         answer = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing after `have`: either it is whole, which `check` finds out, or it is wrong
-            if size is None:
-                return
-            raise Wrong(f"the server has no byte {have:,} of a file of {size:,} bytes") from None
-        raise
+        if error.code != 416:
+            raise
+        # There is nothing after these bytes: the file is whole, which `check` finds out, or wrong.
+        if size is None:
+            return
+        raise WrongFile(
+            f"the server has no byte {present:,} of a file of {size:,} bytes") from None
+
     with answer:
         if "text/html" in answer.headers.get("Content-Type", ""):
-            raise Wrong("the server sends a web page instead of the file")
-        total = announced(answer, have)
+            raise WrongFile("the server sends a web page instead of the file")
+        total = announced_size(answer, present)
         if size and total and total != size:
-            raise Wrong(f"the server announces {total:,} bytes and the official file has {size:,}")
-        have = have if answer.status == 206 else 0  # 200: the server ignored the range and starts again
+            raise WrongFile(
+                f"the server announces {total:,} bytes and the official file has {size:,}")
+        if answer.status != 206:  # the server ignored the range and starts again
+            present = 0
         tag = answer.headers.get("ETag", "")
         if tag and not tag.startswith("W/"):  # a weak tag does not promise the same bytes
             note.write_text(tag)
-        with open(part, "ab" if have else "wb") as file, tqdm(
-                desc=part.name.removesuffix(".part"), total=total, initial=have, unit="B", unit_scale=True) as bar:
-            while block := answer.read1(BLOCK):
-                file.write(block)
-                bar.update(len(block))
+        write(answer, part, present, total)
     if length_of(part) < (total or size or 0):
         raise ConnectionError(f"cut at {length_of(part):,} of {total or size:,} bytes")
 
 
-def announced(answer, have):
-    """The whole file's length by the answer's headers, None where they do not say."""
+def announced_size(answer: http.client.HTTPResponse, present: int) -> int | None:
+    """The whole file's size by the answer's headers, None where they do not say."""
     if answer.status != 206:
         length = answer.headers.get("Content-Length")
         return int(length) if length and length.isdigit() else None
-    sent = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
-    if not sent or int(sent[1]) != have:
-        raise Wrong(f"the server sends the range {answer.headers.get('Content-Range')!r}, not from byte {have:,}")
-    return int(sent[2])
+    sent = answer.headers.get("Content-Range")
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", sent or "")
+    if not match or int(match[1]) != present:
+        raise WrongFile(f"the server sends the range {sent!r}, not from byte {present:,}")
+    return int(match[2])
 
 
-def check(path, size, sha256):
-    """Raise Wrong unless the file has this size and hash; of a JSON file of unknown hash, that it is JSON."""
+def write(answer: http.client.HTTPResponse, part: Path, present: int, total: int | None):
+    """Append the answer's bytes to `part`, of which the first `present` bytes are there."""
+    name = part.name.removesuffix(".part")
+    bar = tqdm(desc=name, total=total, initial=present, unit="B", unit_scale=True)
+    with open(part, "ab" if present else "wb") as file, bar:
+        while block := answer.read1(BLOCK):
+            file.write(block)
+            bar.update(len(block))
+
+
+def check(path: Path, size: int | None, sha256: str | None):
+    """WrongFile unless the file has this size and hash; JSON of unknown hash must be JSON."""
     if size and length_of(path) != size:
-        raise Wrong(f"{length_of(path):,} bytes arrived, and the official file has {size:,}")
+        raise WrongFile(f"it has {length_of(path):,} bytes and the official file has {size:,}")
     if sha256:
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(BLOCK):
-                digest.update(block)
-        if digest.hexdigest() != sha256:
-            raise Wrong(f"its sha256 is {digest.hexdigest()[:16]}... and the official file's is {sha256[:16]}...")
+        digest = sha256_of(path)
+        if digest != sha256:
+            raise WrongFile(
+                f"its sha256 is {digest[:16]}... and the official file's is {sha256[:16]}...")
     elif path.name.removesuffix(".part").endswith(".json"):
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            raise Wrong("what arrived is not JSON") from None
+            raise WrongFile("it is not JSON") from None
 
 
-def length_of(path):
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def length_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def discard(part):
+def note_of(part: Path) -> Path:
+    """Where the server's tag of the version that `part` belongs to is kept."""
+    return part.with_name(part.name + ".etag")
+
+
+def discard(part: Path):
     part.unlink(missing_ok=True)
-    part.with_name(part.name + ".etag").unlink(missing_ok=True)
+    note_of(part).unlink(missing_ok=True)
 
 
-def download(name, out, mirror=HUB, pause=1.0):
-    """All files of one entry of official.json's `downloads` into the folder `out`; right ones already there stay."""
+# A model ----------------------------------------------------------------------------------------
+
+
+def download(name: str, out: Path, mirror: str = HUB, pause: float = 1.0):
+    """All files of one entry of official.json's `downloads` into the folder `out`.
+
+    Files that are there and are right stay, wrong ones are fetched again.
+    """
     if not mirror.startswith(("http://", "https://")):
-        raise DownloadError(f"--mirror {mirror}: expected an address that begins with https:// or http://")
+        raise DownloadError(
+            f"--mirror {mirror}: expected an address that begins with https:// or http://")
     for repository, paths in OFFICIAL["downloads"][name].items():
         about = OFFICIAL["repositories"][repository]
+        root = f"{mirror.rstrip('/')}/{repository}/resolve/{about['revision']}"
         for path in paths:
             size, sha256 = about["files"][path]
             target = out / path
-            if target.exists():
-                try:
-                    check(target, size, sha256)
-                    print(f"{target}: already there")
-                    continue
-                except Wrong as error:
-                    print(f"{target}: {error}; fetching it again")
-            fetch(f"{mirror.rstrip('/')}/{repository}/resolve/{about['revision']}/{path}", target, size, sha256, pause)
+            if not is_right(target, size, sha256):
+                fetch(f"{root}/{path}", target, size, sha256, pause)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def is_right(target: Path, size: int | None, sha256: str | None) -> bool:
+    """Whether the official file is there already; says what is wrong with a file that is not it."""
+    if not target.exists():
+        return False
+    try:
+        check(target, size, sha256)
+    except WrongFile as error:
+        print(f"{target}: {error}; fetching it again")
+        return False
+    print(f"{target}: already there" + (", its sha256 is right" if sha256 else ""))
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Fetch official weights. Run again, it verifies: it checks the size and sha256 "
+                    "of the files that are there and fetches those that are missing or wrong.")
     parser.add_argument("name", choices=OFFICIAL["downloads"], help="which model")
     parser.add_argument("--out", type=Path, help="folder for its files (default: weights/NAME)")
-    parser.add_argument("--mirror", default=HUB, help="another server with the same paths (default: %(default)s)")
+    parser.add_argument(
+        "--mirror", default=HUB, help="another server with the same paths (default: %(default)s)")
     arguments = parser.parse_args(argv)
     out = arguments.out or HERE / arguments.name
     try:
@@ -187,7 +254,8 @@ def main(argv=None):
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"{out}: cannot write there ({error}); make room or choose another --out", file=sys.stderr)
+        print(f"{out}: cannot write there ({error}); make room or choose another --out",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
