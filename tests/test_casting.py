@@ -6,10 +6,12 @@ from tiny import PROMPT, build
 from torch import nn
 
 import train
-from minipic.layers import casting, lora
-from minipic.layouts import load_part, open_part
+from minipic import common
+from minipic.kernels import casting
+from minipic.layers import attention, lora
 from minipic.pipeline import Pipeline
 from minipic.weights import read_weights, save_weights
+from minipic.weights.layouts import load_part, open_part
 
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -60,6 +62,24 @@ def test_a_weight_that_trains_gets_its_gradient():
     torch.testing.assert_close(cast.weight.grad.float(), wide.weight.grad, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("given_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_autocast_makes_of_it_what_it_makes_of_the_wide_layer(dtype, given_dtype):
+    """Bit for bit; also for a LoRA around it, and for x that autocast has made bf16 before."""
+    for with_lora in (False, True):
+        found = []
+        for layer in layers(dtype):
+            model = nn.Sequential(layer)
+            if with_lora:
+                lora.add(model, "0", "x", given(2, 12).detach(), given(10, 2).detach())
+            x = given(5, 12).detach().to(given_dtype).requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(x)
+            found.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), x)])
+        assert found[0][0].dtype == torch.bfloat16 or with_lora
+        assert all(one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(*found))
+
+
 def test_is_a_linear_where_nothing_is_to_be_widened():
     cast, wide = layers(torch.bfloat16)
     x = given(5, 12).bfloat16()
@@ -81,6 +101,7 @@ def test_a_lora_learns_beside_it(dtype):
         torch.testing.assert_close(cast, wide, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("kind", ["sdxl", "sd15"])
 def test_draws_the_same_from_half_the_memory(kind, dtype, tmp_path):
@@ -98,15 +119,21 @@ def test_draws_the_same_from_half_the_memory(kind, dtype, tmp_path):
                                                  plain.state_dict().values()))
 
 
-def test_a_lora_trains_the_same_on_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("capabilities", [
+    ("avx512_bf16",), pytest.param((), marks=pytest.mark.slow),
+    pytest.param(("avx512_bf16", "amx_tile"), marks=pytest.mark.slow)], ids=lambda c: "+".join(c) or "neither")
+def test_a_lora_trains_the_same_on_it(capabilities, tmp_path, monkeypatch):
+    """On every kind of CPU: those with bf16 encode the pictures under autocast, each attends in its own way."""
+    for module in (common, attention):
+        monkeypatch.setattr(module, "cpu_has", capabilities.__contains__)
     build(folder=tmp_path / "model").save(tmp_path / "model", torch.float16)
     files, backward, seen = [], casting.Product.backward, []
     monkeypatch.setattr(casting.Product, "backward", lambda ctx, grad: (seen.append(name), backward(ctx, grad))[1])
     for name, large in (("cast", 1), ("plain", 1 << 60)):
         monkeypatch.setattr(casting, "LARGE", large)
         assert train.main(["t2i", "--model", str(tmp_path / "model"), "--lora-rank", "2", "--steps", "3", "--batch", "2",
-                           "--scenes", "8", "--sample-every", "0", "--precision", "fp32", "--checkpointing", "--lr", "1e-2",
-                           "--warmup", "1", "--out", str(tmp_path / name)]) == 0
+                           "--scenes", "8", "--sample-every", "0", "--precision", "fp32", "--gradient-checkpointing",
+                           "--lr", "1e-2", "--warmup", "1", "--out", str(tmp_path / name)]) == 0
         files.append(read_weights(tmp_path / name / "model" / "lora.safetensors"))
     assert set(seen) == {"cast"}
     learnt = sum(x.abs().sum() for name, x in files[0].items() if "lora_B" in name)  # it began at 0

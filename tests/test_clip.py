@@ -7,9 +7,10 @@ import peers
 import pytest
 import torch
 
-from minipic.common import InputError
-from minipic.models.clip import (CLIP_L, OPENCLIP_BIGG, CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig,
-                                 contrastive_loss)
+from minipic.common import InputError, ParameterError
+from minipic.models.clip import (
+    CLIP_L, OPENCLIP_BIGG, CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig, contrastive_loss)
+from minipic.weights.configs import config_to_json, read_config
 
 SD2 = dataclasses.replace(CLIP_L, hidden_size=1024, intermediate_size=4096, num_attention_heads=16, hidden_act="gelu",
                           num_hidden_layers=23, projection_dim=512)
@@ -93,7 +94,7 @@ def test_contrastive_loss_and_gradients_of_transformers():
     loss.backward()
 
     both = transformers.CLIPModel(transformers.CLIPConfig(
-        text_config=text.config.to_json(), vision_config=vision.config.to_json(), projection_dim=24)).double()
+        text_config=config_to_json(text.config), vision_config=config_to_json(vision.config), projection_dim=24)).double()
     both.load_state_dict(text.state_dict() | vision.state_dict() | {"logit_scale": scale.detach()})
     expected = both(input_ids=given["ids"], pixel_values=images, return_loss=True).loss
     expected.backward()
@@ -110,12 +111,12 @@ def test_official_config_is_the_preset(folder, preset):
     path = peers.OFFICIAL / folder / "config.json"
     if not path.exists():
         pytest.skip("the official config.json is not here")
-    assert CLIPTextConfig.from_json(json.loads(path.read_text())) == preset
+    assert read_config(CLIPTextConfig, json.loads(path.read_text())) == preset
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{type(c).__name__}-{c.hidden_size}-{c.hidden_act}")
 def test_config_survives_json(config):
-    assert type(config).from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert read_config(type(config), json.loads(json.dumps(config_to_json(config)))) == config
 
 
 @pytest.mark.parametrize("config", [CLIP_L, OPENCLIP_BIGG, CLIPVisionConfig()])
@@ -123,21 +124,39 @@ def test_config_that_transformers_writes_is_read(config):
     pytest.importorskip("transformers")
     with torch.device("meta"):
         written = peers.build_peer(config).config.to_json_string()
-    assert type(config).from_json(json.loads(written)) == config
+    assert read_config(type(config), json.loads(written)) == config
 
 
 @pytest.mark.parametrize("ours, theirs", [(CLIPTextConfig, "CLIPTextConfig"), (CLIPVisionConfig, "CLIPVisionConfig")])
 def test_missing_keys_take_the_defaults_of_transformers(ours, theirs):
     transformers = pytest.importorskip("transformers")
-    config, expected = ours.from_json({}), getattr(transformers, theirs)()
+    config, expected = read_config(ours, {}), getattr(transformers, theirs)()
     for field in dataclasses.fields(ours):
         assert field.name == "with_projection" or getattr(config, field.name) == getattr(expected, field.name), field
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"colour": "red"}, "colour"), ({"hidden_act": "relu"}, "hidden_act='relu'"), ({"dropout": 0.1}, "dropout"),
-    ({"layer_norm_eps": 1e-6}, "layer_norm_eps")])
+    ({"colour": "red"}, "colour"), ({"hidden_act": "relu"}, "hidden_act: 'relu'"), ({"dropout": 0.1}, "dropout"),
+    ({"layer_norm_eps": 1e-6}, "layer_norm_eps"), ({"num_attention_heads": 7}, "num_attention_heads: 7 heads")])
 @pytest.mark.parametrize("config", [CLIP_L, CLIPVisionConfig()])
 def test_what_the_network_cannot_be_is_refused_by_name(config, change, words):
     with pytest.raises(InputError, match=f"some/config.json.*{words}"):
-        type(config).from_json(config.to_json() | change, "some/config.json")
+        read_config(type(config), config_to_json(config) | change, "some/config.json")
+
+
+@pytest.mark.parametrize("preset, change, words", [
+    (CLIP_L, {"hidden_size": 768.0}, "hidden_size: 768.0 is of the wrong type; expected int"),
+    (CLIP_L, {"with_projection": "yes"}, "with_projection: 'yes' is of the wrong type"),
+    (CLIP_L, {"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000 is out of range"),
+    (CLIP_L, {"vocab_size": 0}, "vocab_size: 0 is out of range"),
+    (CLIP_L, {"max_position_embeddings": -1}, "max_position_embeddings: -1 is out of range"),
+    (CLIP_L, {"num_attention_heads": 5}, "num_attention_heads: 5 heads do not divide hidden_size 768"),
+    (CLIP_L, {"hidden_act": "relu"}, "hidden_act: 'relu' is not supported; use quick_gelu or gelu"),
+    (CLIPVisionConfig(), {"image_size": float("nan")}, "image_size: nan is of the wrong type"),
+    (CLIPVisionConfig(), {"image_size": 1 << 40}, "image_size: 1099511627776 is out of range"),
+    (CLIPVisionConfig(), {"patch_size": 15}, "patch_size: 15 does not divide image_size 224"),
+    (CLIPVisionConfig(), {"num_attention_heads": 0}, "num_attention_heads: 0 is out of range"),
+    (CLIPVisionConfig(), {"hidden_act": "silu"}, "hidden_act: 'silu' is not supported")])
+def test_a_config_checks_itself(preset, change, words):
+    with pytest.raises(ParameterError, match=f"^{words}"):
+        dataclasses.replace(preset, **change)

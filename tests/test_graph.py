@@ -6,6 +6,7 @@ with the memory that they read and wrote, and runs them there again: what a step
 
 import contextlib
 import importlib.util
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -20,8 +21,8 @@ import sample
 from minipic import pipeline as pipelines
 from minipic.common import InputError
 from minipic.image import open_picture, to_tensor
-from minipic.layers import blocks
-from minipic.layers.graph import RECORDING, graphed, pays
+from minipic.kernels.cuda_graph import RECORDING, graph_helps, graphed
+from minipic.kernels import norm_backend
 from minipic.models.controlnet import ControlNet
 from minipic.pipeline import Pipeline
 from peers import fill
@@ -53,7 +54,7 @@ class Recorder(TorchDispatchMode):
 @pytest.fixture
 def graphs(monkeypatch):
     """The recorders made; without a GPU, which needs none."""
-    made, plan = [], Pipeline.plan
+    made, check = [], pipelines.check_against_model
     if GPU:
         return made
     stream = SimpleNamespace(wait_stream=lambda other: None)
@@ -61,7 +62,8 @@ def graphs(monkeypatch):
                            "Stream": lambda: stream, "current_stream": lambda: stream,
                            "stream": lambda stream: contextlib.nullcontext()}.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(Pipeline, "plan", lambda self, *given: plan(self, *given[:-1]))  # it would ask for a GPU
+    # With `graph`, the check asks for a GPU.
+    monkeypatch.setattr(pipelines, "check_against_model", lambda settings, model: check(replace(settings, graph=None), model))
     return made
 
 
@@ -70,7 +72,7 @@ def final(pipeline, **settings):
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"sampler": "heun", "rescale": 0.7}, {"sampler": "dpmpp_2m", "guidance": 1.0, "size": (64, 48)},
+    {}, {"sampler": "heun", "guidance_rescale": 0.7}, {"sampler": "dpmpp_2m", "guidance": 1.0, "size": (64, 48)},
     {"sampler": "euler_ancestral", "image": picture(), "strength": 0.9}, {"image": picture(), "mask": mask()},
     {"control": [(picture(1), 0.8)]}], ids=lambda settings: "+".join(settings) or "plain")
 def test_pictures_are_the_same(settings, graphs):
@@ -93,8 +95,8 @@ def test_answers_and_what_is_given_outlive_the_next_call(graphs):
 
 def test_flags_and_the_default(graphs, tmp_path, monkeypatch):
     flags = ["a red cube", "--model", str(tiny.folder()), "--steps", "4", "--n", "1", "--device", DEVICE, "--dtype", "fp32"]
-    for kind, pay, replays in ((["--no-graph"], True, 0), (["--graph"], False, 3), ([], True, 3), ([], False, 0)):
-        monkeypatch.setattr(pipelines, "pays", lambda device: pay)
+    for kind, helps, replays in ((["--no-graph"], True, 0), (["--graph"], False, 3), ([], True, 3), ([], False, 0)):
+        monkeypatch.setattr(pipelines, "graph_helps", lambda device: helps)
         graphs.clear()
         assert sample.main([*flags, "--out", str(tmp_path / "drawn.png"), *kind]) == 0
         assert GPU or sum(graph.replays for graph in graphs) == replays
@@ -104,36 +106,40 @@ def test_flags_and_the_default(graphs, tmp_path, monkeypatch):
 
 def test_graphs_are_the_default_on_nvidias_gpus(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
-    assert pays(torch.device("cuda:1")) and not pays(torch.device("cpu")) and not pays(torch.device("mps"))
+    assert graph_helps(torch.device("cuda:1"))
+    assert not graph_helps(torch.device("cpu")) and not graph_helps(torch.device("mps"))
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert not pays(torch.device("cuda"))
+    assert not graph_helps(torch.device("cuda"))
 
 
 def test_our_kernels_are_for_graphs_in_16_bits(graphs, monkeypatch):
-    monkeypatch.setattr(blocks, "compiles", lambda device: device == "cuda:0")
+    monkeypatch.setattr(norm_backend, "triton_works", lambda device: device == "cuda:0")
 
     def chosen(dtype, is_cuda=True):
-        return blocks.choose(SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device="cuda:0"))
+        return norm_backend.choose_backend(SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device="cuda:0"))
     found = []
     run = graphed(lambda x: found.append([chosen(torch.bfloat16), chosen(torch.float16), chosen(torch.float32),
                                           chosen(torch.bfloat16, is_cuda=False)]) or x + 1)
     assert chosen(torch.bfloat16) == "plain"
-    run(torch.ones(2, device=DEVICE))
+    with torch.no_grad():
+        run(torch.ones(2, device=DEVICE))
     assert found == 2 * [["triton", "triton", "plain", "plain"]]  # what is recorded was prepared
+    graphed(lambda x: found.append(chosen(torch.bfloat16)) or x + 1)(torch.ones(2, device=DEVICE))
+    assert found[-1] == "plain"  # these kernels have no backward pass
     with pytest.raises(ZeroDivisionError):
         graphed(lambda x: x / (1 // 0))(torch.ones(2, device=DEVICE))
     assert not RECORDING.get() and chosen(torch.bfloat16) == "plain"
 
 
 def test_where_triton_does_not_work_pytorch_draws(monkeypatch):
-    works = blocks.compiles.__wrapped__
+    works = norm_backend.triton_works.__wrapped__
     if importlib.util.find_spec("triton"):
         assert works(DEVICE)
-    monkeypatch.setattr(blocks, "kernels", mock.Mock(side_effect=RuntimeError("no C compiler")))
+    monkeypatch.setattr(norm_backend, "fused_kernels", mock.Mock(side_effect=RuntimeError("no C compiler")))
     with pytest.warns(UserWarning, match="Triton does not work here, so drawing is slower: no C compiler"):
         assert not works(DEVICE)
 
 
 def test_a_graph_needs_a_gpu():
-    with pytest.raises(InputError, match="--graph: is for NVIDIA's GPUs, and this draws on cpu; leave it out"):
+    with pytest.raises(InputError, match="graph: is for NVIDIA's GPUs, and this draws on cpu; leave it out"):
         Pipeline.load(tiny.folder()).generate(tiny.PROMPT, graph=True)

@@ -1,7 +1,7 @@
-"""Triton kernels: under Triton's interpreter against float64 where there is no GPU, on the device where there is one.
+"""Flash attention in Triton: interpreted against float64 where there is no GPU, on the device where there is one.
 
-The interpreter shows that the arithmetic and the masks are right; it knows nothing of registers, shared memory and
-tensor cores, so the same kernels are also compiled for sm_90 without a GPU and the assembler is asked.
+The interpreter shows that the arithmetic and the masks are right. It knows nothing of registers, shared memory and
+tensor cores, so the same kernels are also compiled for sm_90 without a GPU, and the assembler is asked.
 """
 
 import os
@@ -16,10 +16,10 @@ from conftest import GPU
 
 triton = pytest.importorskip("triton")
 
-from minipic.layers import kernels  # noqa: E402
+from minipic.kernels import flash_attention  # noqa: E402
 from minipic.layers.attention import attention  # noqa: E402
 
-FLASH = partial(attention, backend="triton")
+FLASH = partial(attention, backend="flash")
 DEVICE = "cuda" if GPU else "cpu"
 # B, N, M, heads, d: one query, CLIP's 77 keys, more keys than a block, lengths that no block divides
 SHAPES = [(2, 1, 77, 3, 32), (1, 77, 77, 2, 64), (1, 130, 100, 1, 64), (1, 100, 200, 2, 32), (1, 33, 150, 1, 128),
@@ -64,7 +64,7 @@ def values_and_gradients(function, q, k, v, grad):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_flash_attention_is_the_formula(shape, dtype):
     arguments = inputs(*shape, dtype)
-    expected = values_and_gradients(lambda *x: attention(*x, backend="math"), *(x.double() for x in arguments))
+    expected = values_and_gradients(lambda *x: attention(*x, backend="naive"), *(x.double() for x in arguments))
     for one, other in zip(values_and_gradients(FLASH, *arguments), expected):
         assert one.dtype == dtype and one.shape == other.shape
         assert (one.double() - other).abs().max() <= TOLERANCE[dtype] * other.abs().max()
@@ -89,7 +89,7 @@ def test_large_scores_neither_overflow_nor_leak():
     """Scores of -300: exp2 of them times a padding key would be infinite, if padding were not masked."""
     q, k, v, grad = inputs(1, 40, 70, 1, 32, torch.float32)
     q, k = q.abs() * 20, -k.abs() * 20
-    expected = values_and_gradients(lambda *x: attention(*x, backend="math"), *(x.double() for x in (q, k, v, grad)))
+    expected = values_and_gradients(lambda *x: attention(*x, backend="naive"), *(x.double() for x in (q, k, v, grad)))
     for one, other in zip(values_and_gradients(FLASH, q, k, v, grad), expected):
         assert (one.double() - other).abs().max() <= 1e-4 * other.abs().max().clamp_min(1e-3)
 
@@ -107,17 +107,19 @@ COMPILE = '''
 import sys, torch, triton
 from collections import namedtuple
 from triton.backends.compiler import GPUTarget
-from minipic.layers import kernels
+from minipic.kernels import flash_attention
 Like = namedtuple("Like", "shape dtype")
 for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-    for d in kernels.HEAD_DIMS:
+    for d in flash_attention.HEAD_DIMS:
         for n, m in ((4096, 4096), (1024, 77), (1000, 1000))[:3 if (d, name) == (64, "bf16") else 1]:
             for kind in ("forward", "keys", "queries"):
-                kernel = getattr(kernels, kind + "_kernel")
-                rows, cols, warps, stages = kernels.blocks(kind, Like((2, n, 10, d), dtype), Like((2, m, 10, d), dtype))
-                fixed = {"D": d, "ROWS": rows, "COLS": cols, "PRECISION": kernels.precision(Like(0, dtype))}
-                fixed |= {"WHOLE": (n % rows if kind == "keys" else m % cols) == 0}
-                fixed |= {"ONE": m <= cols} if kind == "forward" else {}
+                kernel = getattr(flash_attention, kind + "_kernel")
+                q, k = Like((2, n, 10, d), dtype), Like((2, m, 10, d), dtype)
+                blocks = flash_attention.choose_blocks(kind, q, k)
+                fixed = {"HEAD_DIM": d, "BLOCK_Q": blocks.queries, "BLOCK_K": blocks.keys,
+                         "PRECISION": flash_attention.precision(q)}
+                fixed |= {"EVEN": (n % blocks.queries if kind == "keys" else m % blocks.keys) == 0}
+                fixed |= {"ONE_BLOCK": m <= blocks.keys} if kind == "forward" else {}
                 kinds = {"lse": "*fp32", "delta": "*fp32", "scale": "fp32"} | dict.fromkeys(fixed, "constexpr")
                 kinds |= dict.fromkeys(("q", "k", "v", "out", "grad", "dq", "dk", "dv"), "*" + name)
                 names = kernel.arg_names
@@ -127,12 +129,13 @@ for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
                         {(names.index(arg),): value for arg, value in fixed.items()},
                         {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(names)
                          if arg not in fixed and arg not in ("scale", "n", "m", "heads")}),
-                    target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
+                    target=GPUTarget("cuda", 90, 32), options={"num_warps": blocks.warps, "num_stages": blocks.stages})
                 path = f"{sys.argv[1]}/{name}-{d}-{n}-{m}-{kind}-{compiled.metadata.shared}.ptx"
                 open(path, "w").write(compiled.asm["ptx"])
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="the kernels themselves run here")
 def test_kernels_compile_for_sm_90_without_spills(tmp_path):
     """In a process of its own: here the kernels are decorated for the interpreter."""

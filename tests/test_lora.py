@@ -8,15 +8,17 @@ import torch
 import torch.nn as nn
 from tiny import build
 
-from minipic import keys, training
 from minipic.common import InputError
 from minipic.diffusion.schedule import Schedule
 from minipic.layers import lora
 from minipic.layers.swap import swap
-from minipic.methods import t2i
 from minipic.models.unet import SD15, SDXL_BASE, SDXL_REFINER, UNet
 from minipic.pipeline import Pipeline
-from minipic.weights import load_lora, read_header, read_weights, save_lora, save_weights
+from minipic.training.optimizer import build_optimizer
+from minipic.training.settings import TrainSettings
+from minipic.weights import keys, load_lora, read_weights, save_lora, save_weights
+from minipic.weights.configs import config_to_json
+from minipic.weights.files import read_header
 
 
 def numbers(shape, seed):
@@ -58,6 +60,23 @@ def test_nothing_changes_at_first_and_only_the_lora_learns():
     assert {name for name in model.state_dict() if "lora" not in name} == set(before.state_dict())
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_takes_the_place_of_the_old_one_and_shares_its_weights(training):
+    model = small().train(training)
+    old = dict(model)
+    random_state = torch.get_rng_state()
+    for name, shape in (("to_q", (2, 12)), ("conv", (2, 3, 3, 3))):
+        lora.add(model, name, "first", numbers(shape, 1), numbers((len(old[name].weight), 2), 2))
+        layer = model[name]
+        assert isinstance(layer, type(old[name])) and layer is not old[name] and layer.training == training
+        assert layer.weight is old[name].weight and layer.bias is old[name].bias
+        assert vars(layer).items() >= {key: x for key, x in vars(old[name]).items() if key[0] != "_"}.items()
+        lora.add(model, name, "second", numbers(shape, 3), numbers((len(old[name].weight), 2), 4))
+        assert model[name] is layer and list(layer.scalings) == ["first", "second"]
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert list(model) == list(old) and type(old["to_q"]) is nn.Linear and model["to_k"] is old["to_k"]
+
+
 @torch.no_grad()
 def test_is_the_formula_for_several_at_once_with_scales():
     model = small()
@@ -93,15 +112,19 @@ def test_merged_equals_beside_and_unmerged_is_the_same_bits():
 
 
 def test_no_such_layer_is_an_error():
-    with pytest.raises(ValueError, match="'nothing'"):
+    with pytest.raises(InputError, match="match: no Linear or Conv2d of this ModuleDict has a path like 'nothing'"):
         lora.inject(small(), rank=4, match="nothing")
     model = small()
-    with pytest.raises(ValueError, match="rank must be at least 1, not 0"):
+    with pytest.raises(InputError, match="rank: choose 1 or more, not 0"):
         lora.inject(model, rank=0, match=".*to_q")
     lora.inject(model, rank=4, match=".*to_q")
     before = lora.lora_state_dict(model)
-    with pytest.raises(ValueError, match="already has a LoRA called 'default'"):
+    with pytest.raises(InputError, match="name: there is a LoRA called 'default' already"):
         lora.inject(model, rank=4, match=".*to_q")
+    lora.merge(model)
+    with pytest.raises(InputError, match="its LoRAs are merged; unmerge them"):
+        lora.inject(model, rank=4, match=".*to_q", name="other")
+    lora.unmerge(model)
     assert all(torch.equal(x, before[name]) for name, x in lora.lora_state_dict(model).items())
 
 
@@ -246,7 +269,7 @@ def test_pipeline_draws_with_loras_and_without_again(tmp_path):
     model.add_lora(path, 0.5)
     with_lora = draw(model)
     assert not torch.equal(with_lora, plain)
-    model.set_lora(path, 0.0)
+    model.set_lora_scale(path, 0.0)
     assert torch.equal(draw(model), plain)
     with pytest.raises(InputError, match="given twice"):
         model.add_lora(path)
@@ -263,6 +286,8 @@ def test_pipeline_draws_with_loras_and_without_again(tmp_path):
             later.save(tmp_path / "out")
         assert torch.equal(draw(later), with_lora)
     assert torch.equal(draw(Pipeline.load(folder, lora=path)), draw(Pipeline.load(folder, lora=[path])))
+    one_pair, list_of_pairs = (path, 0.5), [(path, 0.5)]
+    assert torch.equal(draw(Pipeline.load(folder, lora=one_pair)), draw(Pipeline.load(folder, lora=list_of_pairs)))
 
 
 # Peers ------------------------------------------------------------------------------------------------------------
@@ -309,7 +334,7 @@ def test_diffusers_files_with_alpha_in_the_header_draw_the_same(more, tmp_path):
     outputs, peer_outputs = peers.ours("unet", "sdxl")[0], peers.peer("unet", "sdxl")[0]
     plain = outputs(unet, **given)["prediction"]
     for name, (a, b, alpha) in found.items():
-        lora.add(unet.get_submodule(name), "x", a, b, alpha)
+        lora.add(unet, name, "x", a, b, alpha)
     expected = peer_outputs(other, **theirs)["prediction"]
     assert peers.distance(plain, expected) > 1e-3
     assert peers.distance(outputs(unet, **given)["prediction"], expected) <= 1e-6
@@ -318,7 +343,7 @@ def test_diffusers_files_with_alpha_in_the_header_draw_the_same(more, tmp_path):
 def test_ten_steps_of_training_are_those_of_diffusers_and_peft(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
-    config = t2i.Recipe(lr=1e-3)
+    config = TrainSettings(lr=1e-3)
     _, unet, given = peers.ours("unet", "sdxl")
     _, other, _ = peers.peer("unet", "sdxl")
     given = {key: x.double() for key, x in given.items() if key not in ("x", "t")}
@@ -332,8 +357,8 @@ def test_ten_steps_of_training_are_those_of_diffusers_and_peft(tmp_path):
         p.requires_grad_()
     ours = {name: p for name, p in unet.named_parameters() if p.requires_grad}
     assert {id(p) for p in ours.values()} == {id(p) for p in params} and ours.keys() == theirs.keys()
-    optimizers = training.optimizer_of(ours, config, {}), torch.optim.AdamW(theirs.values(), lr=config.lr)
-    schedule, ddpm = Schedule(), diffusers.DDPMScheduler.from_config(Schedule().to_json())
+    optimizers = build_optimizer(ours, config, {}), torch.optim.AdamW(theirs.values(), lr=config.lr)
+    schedule, ddpm = Schedule(), diffusers.DDPMScheduler.from_config(config_to_json(Schedule()))
     for step in range(10):
         x0, noise = (peers.numbers((2, 4, 10, 14), 10 * step + i) for i in (1, 2))
         t = torch.tensor([99 * step, 999 - 37 * step])

@@ -9,8 +9,9 @@ from goldens.make_samplers import (CONFIG, HERE, SHAPE, STD, STEPS, cases, draw_
                                    generators)
 from safetensors.torch import load_file
 
-from minipic.diffusion.samplers import SAMPLERS, keep
+from minipic.diffusion.samplers import SAMPLERS, keep_unmasked
 from minipic.diffusion.schedule import Schedule
+from minipic.weights.configs import read_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
 
@@ -26,7 +27,7 @@ def draw(schedule, sampler, steps=STEPS):
     denoise = schedule.objective.denoiser(gaussian(schedule.table.numpy(), schedule.prediction_type), grid)
     x = grid.start * draw_noise(streams)
     x = last(SAMPLERS[sampler](denoise, x, grid.sigmas, lambda i: draw_noise(streams)))
-    return schedule.objective.scaled(x, grid.sigmas[-1])
+    return schedule.objective.network_input(x, grid.sigmas[-1])
 
 
 @pytest.mark.parametrize("sampler, spacing, karras, prediction", [*cases()])
@@ -46,7 +47,7 @@ def test_equals_diffusers_live(sampler, steps):
         if sampler == "ddim" and "timestep_spacing" in change:
             continue  # its trailing grid is its own only where steps divide 1000
         config = CONFIG | change
-        latent = draw(Schedule.from_json(config), sampler, steps)
+        latent = draw(read_config(Schedule, config), sampler, steps)
         torch.testing.assert_close(latent, draw_diffusers(sampler, config, steps)[0], rtol=0, atol=1e-5)
 
 
@@ -54,7 +55,7 @@ def test_ddim_step_equals_diffusers_on_any_spacing():
     """diffusers' DDIM always goes down 1000 // steps timesteps, which on linspace is not where it calls next."""
     diffusers = pytest.importorskip("diffusers")
     config = CONFIG | {"timestep_spacing": "linspace"}
-    scheduler, schedule = diffusers.DDIMScheduler.from_config(config), Schedule.from_json(config)
+    scheduler, schedule = diffusers.DDIMScheduler.from_config(config), read_config(Schedule, config)
     scheduler.set_timesteps(STEPS)
     predict = gaussian(schedule.table.numpy(), "epsilon")
     denoise, xt = schedule.objective.denoiser(predict), draw_noise(generators())
@@ -62,7 +63,7 @@ def test_ddim_step_equals_diffusers_on_any_spacing():
         sigmas = schedule.sigma(torch.stack([t, t - 1000 // STEPS])).float()  # clamped at t = 0, whose level ends it
         x = last(SAMPLERS["ddim"](denoise, xt * (sigmas[0] ** 2 + 1) ** 0.5, sigmas))
         xt = scheduler.step(predict(xt, t), t, xt).prev_sample
-        torch.testing.assert_close(schedule.objective.scaled(x, sigmas[1]), xt, rtol=0, atol=1e-5)
+        torch.testing.assert_close(schedule.objective.network_input(x, sigmas[1]), xt, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "euler_ancestral"])
@@ -179,10 +180,10 @@ def test_image_to_image_and_inpainting_equal_diffusers(sampler, scheduler, cover
     schedule = Schedule()
     grid = schedule.grid(STEPS, sampler).strength(0.6)
     denoise = schedule.objective.denoiser(gaussian(schedule.table.numpy(), "epsilon"), grid)
-    x = schedule.objective.mix(known, noise, grid.sigmas[0])
+    x = schedule.objective.add_noise(known, noise, grid.sigmas[0])
     steps = SAMPLERS[sampler](denoise, x, grid.sigmas)
-    x = last(keep(steps, schedule.objective.mix, known, noise, mask, grid.sigmas))
-    x = schedule.objective.scaled(x, grid.sigmas[-1])
+    x = last(keep_unmasked(steps, schedule.objective.add_noise, known, noise, mask, grid.sigmas))
+    x = schedule.objective.network_input(x, grid.sigmas[-1])
     x = mask * x + (1 - mask) * known
     torch.testing.assert_close(x, inpaint_diffusers(scheduler, CONFIG, known, noise, mask, 0.6), rtol=0, atol=1e-5)
 
@@ -191,14 +192,14 @@ def test_keep_puts_the_known_part_back_at_every_level():
     known, noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(1))
     mask = torch.ones(SHAPE[0], 1, *SHAPE[2:])
     mask[..., :2] = 0
-    sigmas, mix, seen = torch.tensor([9.0, 4, 1, 0]), Schedule().objective.mix, []
+    sigmas, add_noise, seen = torch.tensor([9.0, 4, 1, 0]), Schedule().objective.add_noise, []
 
     def denoise(x, sigma):
         seen.append((x[..., :2].clone(), sigma))
         return x / (1 + sigma**2)
 
-    for x, _ in keep(SAMPLERS["euler"](denoise, mix(known, noise, sigmas[0]), sigmas), mix, known, noise, mask, sigmas):
-        pass
+    steps = SAMPLERS["euler"](denoise, add_noise(known, noise, sigmas[0]), sigmas)
+    x = last(keep_unmasked(steps, add_noise, known, noise, mask, sigmas))
     for part, sigma in seen:  # the network saw the edited x
         torch.testing.assert_close(part, (known + sigma * noise)[..., :2])
     assert torch.equal(x[..., :2], known[..., :2]) and (x - known)[..., 2:].abs().max() > 0.1

@@ -8,8 +8,10 @@ import torch
 from goldens.make_samplers import CLASSES, CONFIG, HERE, STEPS, cases
 from safetensors.torch import load_file
 
-from minipic.common import InputError
-from minipic.diffusion.schedule import SAMPLER_OF, Flow, Schedule
+from minipic.common import InputError, ParameterError
+from minipic.diffusion.objectives import Flow
+from minipic.diffusion.schedule import SAMPLER_OF, Schedule
+from minipic.weights.configs import config_to_json, read_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
 
@@ -27,7 +29,7 @@ def near(actual, expected, tolerance=1e-6):
 
 
 def test_sdxl_file_is_the_default():
-    assert Schedule.from_json(CONFIG) == Schedule()
+    assert read_config(Schedule, CONFIG) == Schedule()
 
 
 def test_table():
@@ -46,7 +48,7 @@ def test_leading(steps, t, sigma, start):
 
 
 def test_trailing_of_turbo():
-    grid = Schedule.from_json(TURBO).grid(4)
+    grid = read_config(Schedule, TURBO).grid(4)
     assert grid.timesteps.tolist() == [999, 749, 499, 249]
     near(grid.sigmas[:4], [14.614647, 4.081731, 1.612887, 0.693205])
     assert grid.sigmas[4] == 0 and grid.start == grid.sigmas[0]
@@ -75,7 +77,7 @@ def test_grids_equal_diffusers_at_many_steps():
     diffusers = pytest.importorskip("diffusers")
     for sampler, spacing in [(s, p) for s in CLASSES for p in ("leading", "trailing", "linspace")]:
         config = CONFIG | {"timestep_spacing": spacing}
-        scheduler, schedule = getattr(diffusers, CLASSES[sampler]).from_config(config), Schedule.from_json(config)
+        scheduler, schedule = getattr(diffusers, CLASSES[sampler]).from_config(config), read_config(Schedule, config)
         for steps in (1, 2, 3, 7, 25, 26, 30, 48, 50, 99):
             scheduler.set_timesteps(steps)
             grid = schedule.grid(steps, sampler)
@@ -87,15 +89,15 @@ def test_grids_equal_diffusers_at_many_steps():
 def test_sigma_and_t_are_inverse():
     schedule, t = Schedule(), torch.tensor([0.0, 1, 52.5, 958, 998.999, 999])
     on_grid = torch.tensor([0, 1, 958, 999])
-    assert torch.equal(schedule.t(schedule.sigma(on_grid).float()).float(), on_grid.float())
-    torch.testing.assert_close(schedule.t(schedule.sigma(t)), t.double(), rtol=0, atol=2e-3)  # linear against log
-    assert schedule.t(1e-4) == 0 and schedule.t(100.0) == 999
-    assert Schedule.from_json(FLOW).t(0.25) == 250 and Schedule.from_json(FLOW).sigma(torch.tensor(250)) == 0.25
+    assert torch.equal(schedule.timestep(schedule.sigma(on_grid).float()).float(), on_grid.float())
+    torch.testing.assert_close(schedule.timestep(schedule.sigma(t)), t.double(), rtol=0, atol=2e-3)  # linear against log
+    assert schedule.timestep(1e-4) == 0 and schedule.timestep(100.0) == 999
+    assert read_config(Schedule, FLOW).timestep(0.25) == 250 and read_config(Schedule, FLOW).sigma(torch.tensor(250)) == 0.25
 
 
 def test_steps_are_refused_where_no_grid_exists():
     for steps, sampler in [(0, "euler"), (1001, "euler"), (1000, "dpmpp_2m")]:
-        with pytest.raises(InputError, match=f"--steps {steps}"):
+        with pytest.raises(InputError, match=f"steps: .*not {steps}"):
             Schedule().grid(steps, sampler)
     with pytest.raises(InputError, match="flow_euler"):
         Schedule().grid(10, "flow_euler")
@@ -108,7 +110,7 @@ def test_defaults_of_files_that_say_little():
     for sampler, name in CLASSES.items():
         scheduler = getattr(diffusers, name).from_config(original.config)
         scheduler.set_timesteps(20)
-        grid = Schedule.from_json(SD15).grid(20, sampler)
+        grid = read_config(Schedule, SD15).grid(20, sampler)
         assert grid.timesteps.tolist() == scheduler.timesteps.float()[::2 if sampler == "heun" else 1].tolist(), sampler
 
 
@@ -117,21 +119,44 @@ def test_config_written_by_diffusers(name):
     diffusers = pytest.importorskip("diffusers")
     extra = {"clip_sample": False} if name == "DDIMScheduler" else {}
     written = json.loads(getattr(diffusers, name)(**extra).to_json_string())
-    schedule = Schedule.from_json(written)
+    schedule = read_config(Schedule, written)
     assert schedule.sampler == SAMPLER_OF[name]
-    assert Schedule.from_json(schedule.to_json()) == schedule
-    again = getattr(diffusers, name).from_config(json.loads(json.dumps(schedule.to_json()))).config
+    assert read_config(Schedule, config_to_json(schedule)) == schedule
+    again = getattr(diffusers, name).from_config(json.loads(json.dumps(config_to_json(schedule)))).config
     assert {key: again[key] for key in written if key[0] != "_"} == {k: v for k, v in written.items() if k[0] != "_"}
 
 
 @pytest.mark.parametrize("change, message", [
     ({"_class_name": "LCMScheduler"}, "LCMScheduler.*EulerDiscreteScheduler"), ({"beta": 1}, "unknown key 'beta'"),
-    ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule='squaredcos_cap_v2'"),
-    ({"prediction_type": "sample"}, "prediction_type='sample'"), ({"timestep_spacing": "even"}, "timestep_spacing"),
-    ({"final_sigmas_type": "sigma_min"}, "final_sigmas_type"), ({"clip_sample": True}, "clip_sample")])
+    ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule: 'squaredcos_cap_v2'"),
+    ({"prediction_type": "sample"}, "prediction_type: 'sample'"), ({"timestep_spacing": "even"}, "timestep_spacing"),
+    ({"beta_end": 2.0}, "beta_end: 2.0"), ({"final_sigmas_type": "sigma_min"}, "final_sigmas_type"), ({"clip_sample": True}, "clip_sample")])
 def test_refused_config(change, message):
     with pytest.raises(InputError, match="here.json: .*" + message):
-        Schedule.from_json(CONFIG | change, "here.json")
+        read_config(Schedule, CONFIG | change, "here.json")
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"num_train_timesteps": 1000.0}, "num_train_timesteps: 1000.0 is of the wrong type; expected int"),
+    ({"set_alpha_to_one": None}, "set_alpha_to_one: None is of the wrong type"),
+    ({"num_train_timesteps": 1}, "num_train_timesteps: 1 is out of range"),
+    ({"num_train_timesteps": 10**9}, "num_train_timesteps: 1000000000 is out of range"),
+    ({"steps_offset": -1}, "steps_offset: -1 is out of range"),
+    ({"steps_offset": 1000}, "steps_offset: 1000 is none of the 1000 timesteps"),
+    ({"shift": 0.0}, "shift: 0.0 is out of range"), ({"shift": float("nan")}, "shift: nan is out of range"),
+    ({"beta_start": 0.0}, "beta_start: 0.0 is not between 0 and 1"),
+    ({"beta_start": float("nan")}, "beta_start: nan is not between 0 and 1"),
+    ({"beta_end": 0.0001}, "beta_end: 0.0001 is not between beta_start and 1"),
+    ({"beta_end": float("inf")}, "beta_end: inf is not between beta_start and 1"),
+    ({"beta_end": 0.9}, "beta_end: some timestep would have no signal or no noise"),
+    ({"beta_start": 1e-12}, "beta_end: some timestep would have no signal or no noise"),
+    ({"beta_schedule": "cosine"}, r"beta_schedule: 'cosine' is not supported \(supported: linear, scaled_linear\)"),
+    ({"prediction_type": "sample"}, "prediction_type: 'sample' is not supported"),
+    ({"timestep_spacing": "even"}, "timestep_spacing: 'even' is not supported"),
+    ({"class_name": "LCMScheduler"}, "class_name: 'LCMScheduler' is not supported")])
+def test_a_schedule_checks_itself(change, words):
+    with pytest.raises(ParameterError, match=f"^{words}"):
+        Schedule(**change)
 
 
 def test_zero_terminal_snr():
@@ -139,7 +164,7 @@ def test_zero_terminal_snr():
     config = CONFIG | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     scheduler = diffusers.EulerDiscreteScheduler.from_config(config)
     scheduler.set_timesteps(20)
-    grid = Schedule.from_json(config).grid(20)
+    grid = read_config(Schedule, config).grid(20)
     assert grid.sigmas[0] == scheduler.sigmas[0] and 4000 < grid.sigmas[0] < 4200
     torch.testing.assert_close(grid.sigmas, scheduler.sigmas, rtol=1e-5, atol=0)
 
@@ -154,7 +179,7 @@ def test_strength():
         grid = Schedule().grid(steps).strength(strength)
         assert grid.timesteps.tolist() == kept.tolist() and len(grid.sigmas) == len(kept) + 1
         assert grid.sigmas[0] == scheduler.sigmas[scheduler.begin_index] and grid.sigmas[-1] == 0
-    for strength, message in [(0.01, "no step of the 20"), (0.0, "--strength 0.0"), (1.5, "--strength 1.5")]:
+    for strength, message in [(0.01, "no step of the 20"), (0.0, "strength: .*not 0.0"), (1.5, "strength: .*not 1.5")]:
         with pytest.raises(InputError, match=message):
             Schedule().grid(20).strength(strength)
 
@@ -169,7 +194,7 @@ def test_refiner_takes_over_where_the_base_stops():
         assert refiner.timesteps.tolist() == kept.tolist()
         assert base.timesteps.tolist() == [t for t in scheduler.timesteps.tolist() if t >= cutoff]
         assert base.sigmas[-1] == refiner.sigmas[0] and len(base) + len(refiner) == steps
-    for whole in (Schedule().grid(20), Schedule.from_json(FLOW).grid(20)):
+    for whole in (Schedule().grid(20), read_config(Schedule, FLOW).grid(20)):
         assert whole.part().timesteps.tolist() == whole.timesteps.tolist()
 
 
@@ -177,10 +202,10 @@ def test_flow_grid():
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(FLOW)
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / 20, 20).tolist())  # as the flow pipelines call it
-    grid = Schedule.from_json(FLOW).grid(20)
+    grid = read_config(Schedule, FLOW).grid(20)
     torch.testing.assert_close(grid.sigmas, scheduler.sigmas)
     torch.testing.assert_close(grid.timesteps, scheduler.timesteps)
-    assert grid.start == 1 == grid.sigmas[0] and isinstance(Schedule.from_json(FLOW).objective, Flow)
+    assert grid.start == 1 == grid.sigmas[0] and isinstance(read_config(Schedule, FLOW).objective, Flow)
 
 
 def data(seed=0, batch=2):
@@ -199,7 +224,7 @@ def test_perfect_prediction(kind):
     near(objective.loss(lambda x, t: target + 0.5, x0, noise, t), [0.25, 0.25])
     for i in range(2):
         denoise = objective.denoiser(lambda x, t: target)
-        x0_again = denoise(objective.mix(x0, noise, sigma[i]), sigma[i, 0, 0, 0])[i]
+        x0_again = denoise(objective.add_noise(x0, noise, sigma[i]), sigma[i, 0, 0, 0])[i]
         torch.testing.assert_close(x0_again, x0[i], rtol=0, atol=1e-12)
 
 
@@ -231,7 +256,7 @@ def test_objectives_equal_k_diffusion(kind):
     torch.testing.assert_close(objective.loss(predict, golden["x0"], golden["noise"], t), golden[f"loss.{kind}"],
                                rtol=1e-5, atol=0)
     for i, sigma in enumerate(objective.schedule.sigma(t).float()):
-        x = objective.mix(golden["x0"], golden["noise"], sigma)
+        x = objective.add_noise(golden["x0"], golden["noise"], sigma)
         x0 = objective.denoiser(predict)(x, sigma)[i]
         torch.testing.assert_close(x0, golden[f"denoised.{kind}"][i], rtol=0, atol=1e-5)
 
@@ -251,8 +276,8 @@ def test_min_snr(kind, power):
 def test_weights_are_of_the_error_in_x0(kind):
     objective, (x0, noise), t = Schedule(prediction_type=kind).objective, data(), torch.tensor([10, 900])
     sigma = objective.schedule.sigma(t).reshape(2, 1, 1, 1)
-    x = objective.mix(x0, noise, sigma)
-    error = (objective.to_x0(x, sigma, torch.cos(objective.scaled(x, sigma))) - x0) ** 2
+    x = objective.add_noise(x0, noise, sigma)
+    error = (objective.to_x0(x, sigma, torch.cos(objective.network_input(x, sigma))) - x0) ** 2
     for settings, weight in (({"min_snr": 5.0}, objective.snr(sigma).clamp(max=5)),
                              ({"balanced": True}, 2 * objective.snr(sigma).sqrt())):
         expected = (weight * error).flatten(1).mean(1)
@@ -299,4 +324,4 @@ def test_denoiser_tells_the_network_the_grids_timesteps():
         denoise(torch.zeros(1, 4, 2, 2), sigma)
     assert told == grid.timesteps.tolist() and told[1] != round(told[1])
     denoise(torch.zeros(1, 4, 2, 2), torch.tensor(1.0))  # a level between two of the grid
-    assert told[-1] == schedule.t(1.0).float().item() not in told[:-1]
+    assert told[-1] == schedule.timestep(1.0).float().item() not in told[:-1]

@@ -7,8 +7,9 @@ import peers
 import pytest
 import torch
 
-from minipic.common import InputError
+from minipic.common import InputError, ParameterError
 from minipic.models.unet import SD15, SDXL_BASE, SDXL_REFINER, UNet, UNetConfig, timestep_embedding
+from minipic.weights.configs import config_to_json, read_config
 
 SD21 = dataclasses.replace(SD15, sample_size=96, attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024,
                            use_linear_projection=True)
@@ -69,7 +70,7 @@ def test_diffusers_at_real_times_and_sizes(t):
 def test_text_read_once_gives_the_same_bits(name):
     _, model, given = peers.ours("unet", name)
     given = {key: value.float() for key, value in given.items()}
-    assert torch.equal(model(**given | {"context": model.read(given["context"])}), model(**given))
+    assert torch.equal(model(**given | {"context": model.text_keys_values(given["context"])}), model(**given))
 
 
 @torch.no_grad()
@@ -104,7 +105,7 @@ def test_checkpointing_computes_blocks_again_and_gives_the_same_gradients():
 
     def gradients(checkpointing):
         outputs, model, given = peers.ours("unet", "sdxl")
-        model.checkpointing = checkpointing
+        model.enable_gradient_checkpointing(checkpointing)
         model.down_blocks[1].attentions[0].register_forward_pre_hook(lambda *_: calls.append(checkpointing))
         return peers.run(outputs, model, given)[1]
 
@@ -117,12 +118,12 @@ def test_official_config_is_the_preset():
     path = peers.OFFICIAL / "unet" / "config.json"
     if not path.exists():
         pytest.skip("the official config.json is not here")
-    assert UNetConfig.from_json(json.loads(path.read_text())) == SDXL_BASE == UNetConfig()
+    assert read_config(UNetConfig, json.loads(path.read_text())) == SDXL_BASE == UNetConfig()
 
 
 def test_old_config_is_the_preset():
-    assert UNetConfig.from_json(OLD_FILE) == SD15
-    assert UNetConfig.from_json(OLD_FILE | {
+    assert read_config(UNetConfig, OLD_FILE) == SD15
+    assert read_config(UNetConfig, OLD_FILE | {
         "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True,
         "dual_cross_attention": False, "only_cross_attention": False, "num_class_embeds": None,
         "upcast_attention": True, "sample_size": 96}) == SD21
@@ -132,21 +133,21 @@ def test_missing_keys_take_the_defaults_of_diffusers():
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
         expected = diffusers.UNet2DConditionModel()
-    config = UNetConfig.from_json({})
+    config = read_config(UNetConfig, {})
     assert peers.key_table(meta(config)) == peers.key_table(expected)
     assert config.per_level(config.attention_head_dim) == (expected.config.attention_head_dim,) * 4
 
 
 @pytest.mark.parametrize("config", [*FAMILIES.values(), *peers.UNETS.values()])
 def test_config_survives_json(config):
-    assert UNetConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert read_config(UNetConfig, json.loads(json.dumps(config_to_json(config)))) == config
 
 
 @pytest.mark.parametrize("name", peers.UNETS)
 def test_config_that_diffusers_writes_is_read(name):
     pytest.importorskip("diffusers")
     written = json.loads(peers.build_peer(peers.UNETS[name]).to_json_string())
-    assert UNetConfig.from_json(written) == peers.UNETS[name]
+    assert read_config(UNetConfig, written) == peers.UNETS[name]
 
 
 @pytest.mark.parametrize("change, words", [
@@ -158,4 +159,20 @@ def test_config_that_diffusers_writes_is_read(name):
     ({"up_block_types": ["DownBlock2D"] + ["UpBlock2D"] * 3}, "'DownBlock2D'")])
 def test_what_the_network_cannot_be_is_refused_by_name(change, words):
     with pytest.raises(InputError, match=f"some/config.json.*{words}"):
-        UNetConfig.from_json(OLD_FILE | change, "some/config.json")
+        read_config(UNetConfig, OLD_FILE | change, "some/config.json")
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"in_channels": 4.0}, "in_channels: 4.0 is of the wrong type; expected int"),
+    ({"layers_per_block": 10**9}, "layers_per_block: 1000000000 is out of range"),
+    ({"attention_head_dim": (5, 10, 0)}, "attention_head_dim: .* is out of range"),
+    ({"norm_eps": float("nan")}, "norm_eps: nan is out of range"),
+    ({"block_out_channels": ()}, "block_out_channels: must name at least one level"),
+    ({"attention_head_dim": (5, 10)}, "attention_head_dim: must have 3 values"),
+    ({"attention_head_dim": 7}, "attention_head_dim: 7 heads do not divide 320 channels"),
+    ({"norm_num_groups": 33}, "norm_num_groups: 33 does not divide 320 channels"),
+    ({"up_block_types": ("UpBlock2D", "UpBlock2D", "DownBlock2D")}, "up_block_types: .*'DownBlock2D' is not supported"),
+    ({"addition_time_embed_dim": None}, "addition_time_embed_dim: is needed")])
+def test_a_config_checks_itself(change, words):
+    with pytest.raises(ParameterError, match=f"^{words}"):
+        UNetConfig(**change)

@@ -8,9 +8,10 @@ import peers
 import pytest
 import torch
 
-from minipic.common import InputError
-from minipic.layouts import load_part, open_part
+from minipic.common import InputError, ParameterError
 from minipic.models.vae import SD15_VAE, SDXL_VAE, VAE, VAEConfig
+from minipic.weights.configs import config_to_json, read_config
+from minipic.weights.layouts import load_part, open_part
 from minipic.world.scene import render, sample_scene
 
 OLD_FILE = {  # vae/config.json as the first files had it: keys that came later are missing
@@ -103,39 +104,57 @@ def test_official_config_is_the_preset():
     path = peers.OFFICIAL / "vae" / "config.json"
     if not path.exists():
         pytest.skip("the official config.json is not here")
-    assert VAEConfig.from_json(json.loads(path.read_text())) == SDXL_VAE == VAEConfig()
+    assert read_config(VAEConfig, json.loads(path.read_text())) == SDXL_VAE == VAEConfig()
 
 
 def test_old_config_is_the_preset():
-    assert VAEConfig.from_json(OLD_FILE) == SD15_VAE
+    assert read_config(VAEConfig, OLD_FILE) == SD15_VAE
 
 
 def test_missing_keys_take_the_defaults_of_diffusers():
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
         expected = diffusers.AutoencoderKL()
-    config = VAEConfig.from_json({})
+    config = read_config(VAEConfig, {})
     assert peers.key_table(meta(config)) == peers.key_table(expected)
     assert config.scaling_factor == expected.config.scaling_factor
 
 
 @pytest.mark.parametrize("config", [SDXL_VAE, SD15_VAE, *peers.VAES.values()])
 def test_config_survives_json(config):
-    assert VAEConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert read_config(VAEConfig, json.loads(json.dumps(config_to_json(config)))) == config
 
 
 @pytest.mark.parametrize("name", peers.VAES)
 def test_config_that_diffusers_writes_is_read(name):
     pytest.importorskip("diffusers")
     written = json.loads(peers.build_peer(peers.VAES[name]).to_json_string())
-    assert VAEConfig.from_json(written) == peers.VAES[name]
+    assert read_config(VAEConfig, written) == peers.VAES[name]
 
 
 @pytest.mark.parametrize("change, words", [
     ({"colour": "red"}, "colour"), ({"act_fn": "relu"}, "act_fn"), ({"latents_mean": [0.1] * 4}, "latents_mean"),
-    ({"mid_block_add_attention": False}, "mid_block_add_attention"),
+    ({"mid_block_add_attention": False}, "mid_block_add_attention"), ({"latent_channels": 0}, "latent_channels: 0"),
     ({"down_block_types": ["AttnDownEncoderBlock2D"] * 4}, "AttnDownEncoderBlock2D"),
     ({"up_block_types": ["UpDecoderBlock2D"] * 3}, "up_block_types")])
 def test_what_the_network_cannot_be_is_refused_by_name(change, words):
     with pytest.raises(InputError, match=f"some/config.json.*{words}"):
-        VAEConfig.from_json(OLD_FILE | change, "some/config.json")
+        read_config(VAEConfig, OLD_FILE | change, "some/config.json")
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"latent_channels": "4"}, "latent_channels: '4' is of the wrong type; expected int"),
+    ({"force_upcast": 1}, "force_upcast: 1 is of the wrong type"),
+    ({"block_out_channels": [64]}, r"block_out_channels: \[64\] is of the wrong type"),
+    ({"layers_per_block": 0}, "layers_per_block: 0 is out of range"),
+    ({"layers_per_block": 10**9}, "layers_per_block: 1000000000 is out of range"),
+    ({"block_out_channels": (64, -64)}, "block_out_channels: .* is out of range"),
+    ({"block_out_channels": ()}, "block_out_channels: must name 1 to 16 levels"),
+    ({"block_out_channels": (32,) * 17}, "block_out_channels: must name 1 to 16 levels"),
+    ({"norm_num_groups": 24}, "norm_num_groups: 24 does not divide 128 channels"),
+    ({"scaling_factor": 0.0}, "scaling_factor: 0.0 is out of range"),
+    ({"scaling_factor": float("nan")}, "scaling_factor: nan is out of range"),
+    ({"shift_factor": float("inf")}, "shift_factor: inf is out of range")])
+def test_a_config_checks_itself(change, words):
+    with pytest.raises(ParameterError, match=f"^{words}"):
+        VAEConfig(**change)

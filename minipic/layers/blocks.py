@@ -3,87 +3,62 @@
 Attribute names are those of the official diffusers-layout files.
 """
 
-import functools
-import warnings
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minipic.common import InputError
-from minipic.layers.graph import RECORDING
+from minipic.kernels.norm_backend import fused_kernels
 
 
-def choose(x):
-    """The backend of the norms and of `geglu` for x: our kernels in a CUDA graph in 16 bits, where SDXL's step on an
-    H200 is 1.4 times as fast with them. Without a graph Python starts them more slowly than the GPU works."""
-    return "triton" if RECORDING.get() and x.is_cuda and x.dtype.itemsize == 2 and compiles(x.device) else "plain"
+def group_norm(x: torch.Tensor, norm: nn.GroupNorm, silu: bool = False,
+               backend: str | None = None) -> torch.Tensor:
+    """x [B,C,H,W], in any memory format -> like x. silu: apply this activation after the norm."""
+    kernels = fused_kernels(x, backend)
+    if kernels is not None:
+        return kernels.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+    x = norm(x)
+    if silu:
+        # In place while drawing: asking for a large picture's memory takes longer than computing.
+        x = F.silu(x, inplace=not torch.is_grad_enabled())
+    return x
 
 
-@functools.cache
-def compiles(device):
-    """Whether Triton works here; it needs tools that not every computer has, such as a C compiler."""
-    try:
-        geglu(torch.ones(1, 2, device=device), "triton")
-    except Exception as error:  # its tools fail in many ways, and PyTorch's kernels do the same
-        warnings.warn(f"Triton does not work here, so drawing is slower: {error or type(error).__name__}", stacklevel=2)
-        return False
-    return True
-
-
-def kernels(x, backend):
-    """fused.py for the backend "triton" (CUDA), None for "plain", which is PyTorch's functions one after another.
-
-    Raises InputError for a backend that does not exist or is not installed.
-    """
-    backend = backend or choose(x)
-    if backend not in ("plain", "triton"):
-        raise InputError(f"norm backend {backend!r} does not exist; use 'plain' or 'triton'")
-    if backend == "plain":
-        return None
-    try:
-        from minipic.layers import fused
-    except ImportError as error:
-        raise InputError("norm backend 'triton' needs the triton package, which comes with PyTorch for CUDA; "
-                         "use 'plain'") from error
-    return fused
-
-
-def group_norm(x, norm, silu=False, backend=None):
-    """x [B,C,H,W], in any memory format, and an nn.GroupNorm -> like x; `silu`: the activation after it."""
-    if fused := kernels(x, backend):
-        return fused.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
-    # In place where nothing is learnt: for a large picture, to ask the system for memory takes longer than to compute.
-    return F.silu(norm(x), inplace=not torch.is_grad_enabled()) if silu else norm(x)
-
-
-def layer_norm(x, norm, backend=None):
-    """x [...,D] and an nn.LayerNorm -> like x."""
-    if fused := kernels(x, backend):
-        return fused.LayerNorm.apply(x.contiguous(), None, norm.weight, norm.bias, norm.eps)
+def layer_norm(x: torch.Tensor, norm: nn.LayerNorm, backend: str | None = None) -> torch.Tensor:
+    """x [...,D] -> like x."""
+    kernels = fused_kernels(x, backend)
+    if kernels is not None:
+        return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
     return norm(x)
 
 
-def add_norm(x, more, norm, backend=None):
-    """x and `more` [...,D], and an nn.LayerNorm -> their sum and the norm of it, both like x."""
-    if fused := kernels(x, backend):
-        return fused.LayerNorm.apply(x.contiguous(), more.contiguous(), norm.weight, norm.bias, norm.eps)
-    x = x + more
+def add_norm(x: torch.Tensor, y: torch.Tensor, norm: nn.LayerNorm,
+             backend: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and y [...,D] -> (x + y, the norm of x + y), both like x."""
+    kernels = fused_kernels(x, backend)
+    if kernels is not None:
+        return kernels.add_norm(x, y, norm.weight, norm.bias, norm.eps)
+    x = x + y
     return x, norm(x)
 
 
-def geglu(x, backend=None):
-    """x [...,2D] -> value * gelu(gate) [...,D], arXiv 2002.05202; the first half of x is the value."""
-    if fused := kernels(x, backend):
-        return fused.GEGLU.apply(x.contiguous())
+def geglu(x: torch.Tensor, backend: str | None = None) -> torch.Tensor:
+    """x [...,2D], the value and then the gate -> value * gelu(gate) [...,D] (arXiv 2002.05202)."""
+    kernels = fused_kernels(x, backend)
+    if kernels is not None:
+        return kernels.geglu(x)
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)
 
 
 class ResnetBlock(nn.Module):
-    """x [B,C_in,H,W] -> [B,C_out,H,W]; `temb` [B,D] (UNet only, `temb_width` not None) is added per channel."""
+    """x [B,C_in,H,W] -> [B,C_out,H,W].
 
-    def __init__(self, inputs, outputs, groups, eps, temb_width=None):
+    In a UNet, where `temb_width` is not None, temb [B,temb_width] is projected and added to every
+    pixel.
+    """
+
+    def __init__(self, inputs: int, outputs: int, groups: int, eps: float,
+                 temb_width: int | None = None):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, inputs, eps=eps)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
@@ -93,7 +68,7 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
-    def forward(self, x, temb=None):
+    def forward(self, x: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
         h = self.conv1(group_norm(x, self.norm1, silu=True))
         if temb is not None:
             h += self.time_emb_proj(F.silu(temb))[:, :, None, None]
@@ -102,24 +77,33 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve H and W with a strided convolution. The VAE's encoder pads the right and bottom edges only."""
+    """Halve H and W with a strided convolution.
 
-    def __init__(self, channels, one_sided=False):
+    one_sided: pad the right and bottom edges only, as the VAE's encoder does.
+    """
+
+    def __init__(self, channels: int, one_sided: bool = False):
         super().__init__()
         self.one_sided = one_sided
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if one_sided else 1)
 
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.one_sided else x)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.one_sided:
+            x = F.pad(x, (0, 1, 0, 1))
+        return self.conv(x)
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour to twice the size, or to `size` (H, W) where halving had rounded up; then a convolution."""
+    """Double H and W by nearest neighbour, then a convolution.
 
-    def __init__(self, channels):
+    size: (H, W) of the result, where halving had rounded up and doubling would be one too many.
+    """
+
+    def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x, size=None):
-        size = size or (2 * x.shape[-2], 2 * x.shape[-1])
+    def forward(self, x: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
+        if size is None:
+            size = (2 * x.shape[-2], 2 * x.shape[-1])
         return self.conv(F.interpolate(x, size=size, mode="nearest"))

@@ -1,131 +1,126 @@
-"""ControlNet: a second encoder that looks at a picture and tells the frozen UNet what to add (arXiv 2302.05543).
+"""ControlNet (arXiv 2302.05543): a second encoder that makes a frozen UNet follow a picture.
 
-hint [B,3,H,W] in 0..1, and what the UNet gets -> residuals for every skip connection and the middle of the UNet.
-Official files for SDXL (full, -mid and -small) and SD 1.5 load unchanged: attribute paths are diffusers' keys.
+hint [B,3,H,W] in 0..1, and what the UNet gets -> residuals for every skip connection and the middle
+of the UNet. Official files for SDXL (full, -mid and -small) and SD 1.5 load unchanged: attribute
+paths are diffusers' keys.
 """
 
-import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minipic.models.unet import FIXED, Encoder, EncoderConfig
+from minipic.common import ParameterError
+from minipic.layers.attention import TextKeysValues
+from minipic.models.unet import Encoder, EncoderConfig, UNet
 
 
 @dataclass(frozen=True)
 class ControlNetConfig(EncoderConfig):
-    """The varying keys of a ControlNet's config.json; the defaults are a full one for SDXL."""
+    """Where config.json files of ControlNets differ; the defaults are a full one for SDXL."""
 
     conditioning_channels: int = 3
-    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)  # each but the first halves the picture
+    # Each width but the first halves the picture.
+    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
 
-    @classmethod
-    def from_json(cls, values, where="config.json"):
-        """As EncoderConfig's."""
-        return super().from_json(values, where, FIXED | {
-            "controlnet_conditioning_channel_order": ("rgb",), "global_pool_conditions": (False,)})
+    LIMITS = EncoderConfig.LIMITS | {
+        "conditioning_channels": (1, 1024), "conditioning_embedding_out_channels": (1, 65536)}
 
-    @classmethod
-    def told(cls, shapes, unet):
-        """The config of a file that has none: its {name: shape} tell what differs from that of its UNet, `unet`."""
-        def count(start):  # how many different numbers follow it
-            return len({name[len(start):].partition(".")[0] for name in shapes if name.startswith(start)})
-
-        def width(name):
-            return (shapes.get(f"{name}.bias") or (0,))[0]
-        levels, hint = range(count("down_blocks.")), "controlnet_cond_embedding."
-        ends = [f"down_blocks.{i}.attentions.0." for i in levels]
-        depths = [count(f"{start}transformer_blocks.") for start in [*ends[:-1], "mid_block.attentions.0."]]
-        heard = [shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight") and len(shape) == 2]
-        return cls(**{f.name: getattr(unet, f.name) for f in fields(EncoderConfig)} | {
-            "in_channels": unet.out_channels,
-            "block_out_channels": tuple(width(f"down_blocks.{i}.resnets.0.conv1") for i in levels),
-            "down_block_types": tuple(f"{'CrossAttn' * bool(count(start))}DownBlock2D" for start in ends),
-            "transformer_layers_per_block": tuple(depths),
-            "cross_attention_dim": heard[0] if heard else unet.cross_attention_dim,
-            "conditioning_embedding_out_channels": tuple(width(hint + slot) for slot in (
-                "conv_in", *(f"blocks.{i}" for i in range(1, count(hint + "blocks."), 2))))})
-
-    def to_json(self):
-        return {"_class_name": "ControlNetModel", **asdict(self)}
-
-    def misfit(self, unet, factor):
-        """Why this cannot steer a UNet with the UNetConfig `unet` and a VAE of `factor`, in words; None if it can."""
-        if self.in_channels != unet.out_channels:  # it sees x alone, also where the UNet sees a picture too
-            return f"takes {self.in_channels} channels and the UNet makes {unet.out_channels}"
-        for name in ("block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type",
-                     "projection_class_embeddings_input_dim"):
-            if getattr(self, name) != getattr(unet, name):
-                return f"has {name}={getattr(self, name)!r} and the UNet {getattr(unet, name)!r}"
-        channels, times = self.conditioning_channels, 2 ** (len(self.conditioning_embedding_out_channels) - 1)
-        if (channels, times) != (3, factor):
-            return f"takes {channels} channels of {times} times the latents' size instead of 3 of {factor} times"
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.conditioning_embedding_out_channels:
+            raise ParameterError(
+                "conditioning_embedding_out_channels", "must name at least one width")
 
 
-def zero(conv):
-    """Let a convolution begin as zero: what it feeds is then at first as if it were not there (section 3.1)."""
-    nn.init.zeros_(conv.weight), nn.init.zeros_(conv.bias)
+def zero(conv: nn.Conv2d) -> nn.Conv2d:
+    """Let a convolution begin at zero, as if what it feeds were not there (section 3.1)."""
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
     return conv
 
 
 class HintEncoder(nn.Module):
     """hint [B,3,H,W] -> [B,C,h,w], the size of latents."""
 
-    def __init__(self, config):
+    def __init__(self, config: ControlNetConfig):
         super().__init__()
-        first, *_ = widths = config.conditioning_embedding_out_channels
-        self.conv_in = nn.Conv2d(config.conditioning_channels, first, 3, padding=1)
+        widths = config.conditioning_embedding_out_channels
+        self.conv_in = nn.Conv2d(config.conditioning_channels, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList()
         for narrow, wide in zip(widths, widths[1:]):
-            self.blocks += [nn.Conv2d(narrow, narrow, 3, padding=1), nn.Conv2d(narrow, wide, 3, stride=2, padding=1)]
+            self.blocks.append(nn.Conv2d(narrow, narrow, 3, padding=1))
+            self.blocks.append(nn.Conv2d(narrow, wide, 3, stride=2, padding=1))
         self.conv_out = nn.Conv2d(widths[-1], config.block_out_channels[0], 3, padding=1)
 
     @torch.no_grad()
-    def begin(self):
-        """Draw Gaussian weights (section 3.2) under which noise leaves every layer with variance 1 (arXiv 1511.06422).
-        At He's scale SiLU fades the map to a tenth of the latents that it joins, and it is found late or never."""
+    def initialize(self):
+        """Draw Gaussian weights (section 3.2), so that noise leaves layers with variance 1.
+
+        That is arXiv 1511.06422. At He's scale SiLU fades the map to a tenth of the latents that it
+        joins, and training uses it late or never.
+        """
         x = torch.rand(1, self.conv_in.in_channels, 64, 64)
         for conv in (self.conv_in, *self.blocks, self.conv_out):
-            nn.init.normal_(conv.weight), nn.init.zeros_(conv.bias)
+            nn.init.normal_(conv.weight)
+            nn.init.zeros_(conv.bias)
             conv.weight /= conv(x).std()
             x = F.silu(conv(x))
 
-    def forward(self, x):
-        for conv in (self.conv_in, *self.blocks):
+    def forward(self, hint):
+        x = F.silu(self.conv_in(hint))
+        for conv in self.blocks:
             x = F.silu(conv(x))
         return self.conv_out(x)
 
 
 class ControlNet(Encoder):
-    def __init__(self, config=ControlNetConfig()):
+    def __init__(self, config: ControlNetConfig = ControlNetConfig()):
         super().__init__(config)
         self.controlnet_cond_embedding = HintEncoder(config)
-        self.controlnet_down_blocks = nn.ModuleList(zero(nn.Conv2d(width, width, 1)) for width in self.skips)
-        self.controlnet_mid_block = zero(nn.Conv2d(self.skips[-1], self.skips[-1], 1))
+        self.controlnet_down_blocks = nn.ModuleList(
+            zero(nn.Conv2d(channels, channels, 1)) for channels in self.skip_channels)
+        channels = config.block_out_channels[-1]
+        self.controlnet_mid_block = zero(nn.Conv2d(channels, channels, 1))
 
     @classmethod
-    def from_unet(cls, unet, factor=8, small=False):
-        """A new ControlNet with a copy of a UNet's encoder, which changes nothing before it is trained. `factor`: the
-        VAE's, a power of 2 up to 8. `small`: leave the transformers out, as the -small ones for SDXL do."""
-        config = ControlNetConfig(**{f.name: getattr(unet.config, f.name) for f in fields(EncoderConfig)})
+    def from_unet(cls, unet: UNet, factor: int = 8, small: bool = False) -> "ControlNet":
+        """A new ControlNet with a copy of a UNet's encoder, without effect before it is trained.
+
+        factor: the VAE's, a power of 2 up to 8.
+        small: leave the transformers out, as the -small ones for SDXL do.
+        """
+        shared = {field.name: getattr(unet.config, field.name) for field in fields(EncoderConfig)}
+        config = ControlNetConfig(**shared)
         if small:
             levels = len(config.block_out_channels)
-            config = replace(config, down_block_types=("DownBlock2D",) * levels,
-                             transformer_layers_per_block=(0,) * levels)
+            config = replace(
+                config, down_block_types=("DownBlock2D",) * levels,
+                transformer_layers_per_block=(0,) * levels)
         widths = config.conditioning_embedding_out_channels[:factor.bit_length()]
         model = cls(replace(config, conditioning_embedding_out_channels=widths))
-        model.controlnet_cond_embedding.begin()
+        model.controlnet_cond_embedding.initialize()
         model.to(next(unet.parameters()))
         known = unet.state_dict()
-        model.load_state_dict({name: known.get(name, x) for name, x in model.state_dict().items()})
+        own = model.state_dict()
+        model.load_state_dict({name: known.get(name, x) for name, x in own.items()})
         return model
 
-    def forward(self, x, t, context, hint, pooled=None, size_ids=None, scale=1.0):
-        """hint [B or 1,3,H,W] in 0..1, the rest as the UNet takes it -> `residuals` for it, times `scale`: a list of
-        [B,C,h,w] that ends with the middle's."""
+    def forward(
+            self, x: torch.Tensor, t: torch.Tensor | float, context: torch.Tensor | TextKeysValues,
+            hint: torch.Tensor, pooled: torch.Tensor | None = None,
+            size_ids: torch.Tensor | None = None, scale: float = 1.0) -> list[torch.Tensor]:
+        """The residuals for the UNet, times `scale`.
+
+        They are [B,C,h,w] for each skip connection, and the middle's at the end.
+        hint: [B or 1,3,H,W] in 0..1. The rest is as the UNet takes it.
+        """
         temb = self.embed(t, pooled, size_ids, x)
-        found = self.down(self.conv_in(x) + self.controlnet_cond_embedding(hint), temb, context)
-        convs = (*self.controlnet_down_blocks, self.controlnet_mid_block)
-        return [scale * conv(x) for conv, x in zip(convs, found, strict=True)]
+        x = self.conv_in(x) + self.controlnet_cond_embedding(hint)
+        x, skips = self.encode(x, temb, context)
+        residuals = []
+        for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True):
+            residuals.append(scale * conv(skip))
+        residuals.append(scale * self.controlnet_mid_block(x))
+        return residuals

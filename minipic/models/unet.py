@@ -1,51 +1,37 @@
-"""The denoising UNet of Stable Diffusion, one class for SDXL base, refiner, Turbo, SD 1.5, SD 2.x and the tiny model.
+"""The denoising UNet: one class for SDXL base, refiner, Turbo, SD 1.5, SD 2.x and the tiny model.
 
 xt [B,4,h,w], t [B], context [B,N,D] (and pooled [B,D], size_ids [B,6]) -> prediction like xt.
-SDXL: arXiv 2307.01952; the architecture: arXiv 2112.10752. Attribute paths are the keys of the official
-diffusers-layout files, so a checkpoint loads with no mapping; slots without parameters are Identity for that reason.
+
+SDXL: arXiv 2307.01952; the architecture: arXiv 2112.10752. Attribute paths are the keys of the
+official files in diffusers' layout, so that a checkpoint loads without renaming. Slots without
+parameters are Identity for that reason.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from minipic.common import InputError, from_json
-from minipic.layers.attention import Attention
-from minipic.layers.blocks import Downsample, ResnetBlock, Upsample, add_norm, geglu, group_norm, layer_norm
-
-# Keys of unet/config.json that these networks do not vary: the values under which the file means this code.
-FIXED = {
-    "act_fn": ("silu",), "addition_embed_type": (None, "text_time"), "addition_embed_type_num_heads": ...,
-    "attention_type": ("default",),
-    "center_input_sample": (False,), "class_embed_type": (None,), "class_embeddings_concat": (False,),
-    "conv_in_kernel": (3,), "conv_out_kernel": (3,), "cross_attention_norm": (None,), "downsample_padding": (1,),
-    "dropout": (0.0,), "dual_cross_attention": (False,), "encoder_hid_dim": (None,), "encoder_hid_dim_type": (None,),
-    "flip_sin_to_cos": (True,), "freq_shift": (0,), "mid_block_only_cross_attention": (None, False),
-    "mid_block_scale_factor": (1,), "mid_block_type": ("UNetMidBlock2DCrossAttn",), "num_attention_heads": (None,),
-    "num_class_embeds": (None,), "only_cross_attention": (False,), "resnet_out_scale_factor": (1.0,),
-    "resnet_skip_time_act": (False,), "resnet_time_scale_shift": ("default",),
-    "reverse_transformer_layers_per_block": (None,), "time_cond_proj_dim": (None,), "time_embedding_act_fn": (None,),
-    "time_embedding_dim": (None,), "time_embedding_type": ("positional",), "timestep_post_act": (None,),
-    "upcast_attention": ...,  # asks for fp32 scores; the attention kernels always keep those in fp32
-    "decay": ..., "inv_gamma": ..., "min_decay": ..., "optimization_step": ..., "power": ..., "use_ema_warmup": ...,
-    "update_after_step": ...,  # how the weights were averaged in training, told by SDXL-inpainting's file
-}
+from minipic.common import CheckedConfig, ParameterError
+from minipic.layers.attention import Attention, TextKeysValues
+from minipic.layers.blocks import (
+    Downsample, ResnetBlock, Upsample, add_norm, geglu, group_norm, layer_norm)
 
 
 @dataclass(frozen=True)
-class EncoderConfig:
-    """The keys of config.json that a UNet and a ControlNet share; the defaults are SDXL base 1.0."""
+class EncoderConfig(CheckedConfig):
+    """The keys of config.json that a UNet and a ControlNet share; the defaults are SDXL base's."""
 
     in_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280)
-    down_block_types: tuple[str, ...] = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
+    down_block_types: tuple[str, ...] = (
+        "DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
     layers_per_block: int = 2
     transformer_layers_per_block: int | tuple[int, ...] = (1, 2, 10)
-    attention_head_dim: int | tuple[int, ...] = (5, 10, 20)  # the NUMBER of heads: a misnomer in the official files
+    attention_head_dim: int | tuple[int, ...] = (5, 10, 20)  # the NUMBER of heads: a misnomer
     cross_attention_dim: int = 2048
     use_linear_projection: bool = True
     addition_embed_type: str | None = "text_time"
@@ -54,63 +40,100 @@ class EncoderConfig:
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
 
-    @classmethod
-    def from_json(cls, values, where="config.json", fixed=FIXED):
-        """Read an official config.json; keys it lacks take diffusers' defaults, which are SD 1.5's, not SDXL's."""
-        legacy = {f.name: getattr(SD15, f.name, f.default) for f in fields(cls)} | {"cross_attention_dim": 1280}
-        config = from_json(cls, legacy | values, fixed, where)
-        for stem in ("Down", "Up"):
-            for name in getattr(config, f"{stem.lower()}_block_types", ()):
-                if name not in (f"{stem}Block2D", f"CrossAttn{stem}Block2D"):
-                    raise InputError(f"{where}: block type {name!r} is not supported")
-        for key in ("down_block_types", "up_block_types", "attention_head_dim", "transformer_layers_per_block"):
-            if len(config.per_level(getattr(config, key, 0))) != len(config.block_out_channels):
-                raise InputError(f"{where}: {key} must have {len(config.block_out_channels)} values, one a level")
-        return config
+    LIMITS = {
+        "in_channels": (1, 1024), "out_channels": (1, 1024), "sample_size": (1, 65536),
+        "block_out_channels": (1, 65536), "layers_per_block": (1, 64),
+        "transformer_layers_per_block": (0, 256), "attention_head_dim": (1, 1024),
+        "cross_attention_dim": (1, 65536), "addition_time_embed_dim": (2, 65536),
+        "projection_class_embeddings_input_dim": (1, 1 << 20), "norm_num_groups": (1, 65536),
+        "norm_eps": (0.0, 1.0)}
 
-    def per_level(self, value):
-        """One value a level from a config entry that may be a single number."""
+    def __post_init__(self):
+        super().__post_init__()
+        levels = len(self.block_out_channels)
+        if levels == 0:
+            raise ParameterError("block_out_channels", "must name at least one level")
+        for key in (
+                "down_block_types", "up_block_types", "attention_head_dim",
+                "transformer_layers_per_block"):
+            value = getattr(self, key, 0)  # a ControlNet has no way up
+            if len(self.per_level(value)) != levels:
+                raise ParameterError(
+                    key, f"must have {levels} values, one for each of block_out_channels")
+        for stem in ("Down", "Up"):
+            key = f"{stem.lower()}_block_types"
+            known = (f"{stem}Block2D", f"CrossAttn{stem}Block2D")
+            for name in getattr(self, key, ()):
+                if name not in known:
+                    raise ParameterError(
+                        key, f"block type {name!r} is not supported; use {' or '.join(known)}")
+        heads_per_level = self.per_level(self.attention_head_dim)
+        for width, heads in zip(self.block_out_channels, heads_per_level):
+            if width % self.norm_num_groups:
+                raise ParameterError(
+                    "norm_num_groups", f"{self.norm_num_groups} does not divide {width} channels")
+            if width % heads:
+                raise ParameterError(
+                    "attention_head_dim", f"{heads} heads do not divide {width} channels")
+        if self.addition_embed_type is not None:
+            for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+                if getattr(self, key) is None:
+                    raise ParameterError(
+                        key, f"is needed for addition_embed_type={self.addition_embed_type!r}")
+
+    def per_level(self, value) -> tuple:
+        """One value per level, from a config entry that may be a single number for all of them."""
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
 
 @dataclass(frozen=True)
 class UNetConfig(EncoderConfig):
-    """The varying keys of unet/config.json; the defaults are SDXL base 1.0."""
+    """The keys in which official unet/config.json files differ; the defaults are SDXL base 1.0."""
 
     sample_size: int = 128
     out_channels: int = 4
     up_block_types: tuple[str, ...] = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
 
-    def to_json(self):
-        return {"_class_name": "UNet2DConditionModel", **asdict(self)}
-
 
 SDXL_BASE = UNetConfig()  # Turbo too
 SDXL_REFINER = UNetConfig(
-    block_out_channels=(384, 768, 1536, 1536), transformer_layers_per_block=4, attention_head_dim=(6, 12, 24, 24),
+    block_out_channels=(384, 768, 1536, 1536),
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    cross_attention_dim=1280, projection_class_embeddings_input_dim=2560)  # pooled 1280 + 5 size ids * 256
+    transformer_layers_per_block=4,
+    attention_head_dim=(6, 12, 24, 24),
+    cross_attention_dim=1280,
+    projection_class_embeddings_input_dim=2560)  # pooled 1280 + 5 size ids * 256
 SD15 = UNetConfig(
-    sample_size=64, block_out_channels=(320, 640, 1280, 1280), transformer_layers_per_block=1, attention_head_dim=8,
+    sample_size=64,
+    block_out_channels=(320, 640, 1280, 1280),
     down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
     up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    cross_attention_dim=768, use_linear_projection=False, addition_embed_type=None, addition_time_embed_dim=None,
+    transformer_layers_per_block=1,
+    attention_head_dim=8,
+    cross_attention_dim=768,
+    use_linear_projection=False,
+    addition_embed_type=None,
+    addition_time_embed_dim=None,
     projection_class_embeddings_input_dim=None)
 
 
-def timestep_embedding(t, width):
-    """Sinusoids of a number, t [B] -> [B,width]: cosines then sines, frequencies 10000^(-i / (width/2))."""
+def timestep_embedding(t: torch.Tensor, width: int) -> torch.Tensor:
+    """Sinusoids of a number, t [B] -> [B,width]: cosines then sines.
+
+    Their frequencies are 10000^(-i / (width/2)).
+    """
     half = width // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    i = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(-math.log(10000) * i / half)
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class TimestepMLP(nn.Module):
-    def __init__(self, inputs, width):
+    def __init__(self, in_width: int, width: int):
         super().__init__()
-        self.linear_1 = nn.Linear(inputs, width)
+        self.linear_1 = nn.Linear(in_width, width)
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, x):
@@ -118,7 +141,7 @@ class TimestepMLP(nn.Module):
 
 
 class GEGLU(nn.Module):
-    def __init__(self, width, inner):
+    def __init__(self, width: int, inner: int):
         super().__init__()
         self.proj = nn.Linear(width, 2 * inner)
 
@@ -127,18 +150,20 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width: int):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+        inner = 4 * width
+        # diffusers' ff.net has a Dropout at index 1; Identity keeps the number in "net.2.weight".
+        self.net = nn.Sequential(GEGLU(width, inner), nn.Identity(), nn.Linear(inner, width))
 
     def forward(self, x):
         return self.net(x)
 
 
 class TransformerBlock(nn.Module):
-    """Pixels look at each other (attn1), then at the text (attn2), then each thinks alone (ff)."""
+    """Self-attention of pixels (attn1), attention to the text (attn2), a feed-forward net (ff)."""
 
-    def __init__(self, width, heads, context_width):
+    def __init__(self, width: int, heads: int, context_width: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.attn1 = Attention(width, width, heads, width // heads)
@@ -148,6 +173,7 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width)
 
     def forward(self, x, context):
+        # add_norm is `x = x + y; return x, norm(x)`, which one kernel can do
         x, normed = add_norm(x, self.attn1(layer_norm(x, self.norm1)), self.norm2)
         x, normed = add_norm(x, self.attn2(normed, context), self.norm3)
         return x + self.ff(normed)
@@ -156,139 +182,251 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """x [B,C,H,W] and context [B,N,D] -> [B,C,H,W]; pixels become tokens and come back."""
 
-    def __init__(self, channels, depth, heads, config):
+    def __init__(self, channels: int, depth: int, heads: int, config: EncoderConfig):
         super().__init__()
-        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)  # not norm_eps: 1e-6 in the original
-        linear = config.use_linear_projection  # SD 1.5 projects with 1x1 convolutions instead
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.projects_tokens = config.use_linear_projection  # SD 1.5: pixels, by 1x1 convolutions
+        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)  # not norm_eps
+        self.proj_in = self.projection(channels)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, heads, config.cross_attention_dim) for _ in range(depth))
-        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = self.projection(channels)
+
+    def projection(self, channels: int) -> nn.Module:
+        if self.projects_tokens:
+            return nn.Linear(channels, channels)
+        return nn.Conv2d(channels, channels, 1)
 
     def forward(self, x, context):
-        linear, shape, residual = isinstance(self.proj_in, nn.Linear), x.shape[-2:], x
+        residual = x
+        height, width = x.shape[-2:]
         x = group_norm(x, self.norm)
-        x = x if linear else self.proj_in(x)
+        if not self.projects_tokens:
+            x = self.proj_in(x)
         x = x.flatten(2).transpose(1, 2)  # [B,C,H,W] -> [B,HW,C]
-        x = self.proj_in(x) if linear else x
+        if self.projects_tokens:
+            x = self.proj_in(x)
         for block in self.transformer_blocks:
             x = block(x, context)
-        x = self.proj_out(x) if linear else x
-        x = x.transpose(1, 2).unflatten(2, shape)  # [B,HW,C] -> [B,C,H,W]
-        return residual + (x if linear else self.proj_out(x))
+        if self.projects_tokens:
+            x = self.proj_out(x)
+        x = x.transpose(1, 2).unflatten(2, (height, width))  # [B,HW,C] -> [B,C,H,W]
+        if not self.projects_tokens:
+            x = self.proj_out(x)
+        return residual + x
 
 
 class Level(nn.Module):
-    """The resnets of one resolution and, where `depth` > 0, the transformers that follow them."""
+    """The resnets of one resolution, each followed by a transformer where `transformers` > 0.
 
-    def __init__(self, inputs, channels, transformers, depth, heads, config):
+    resnet_inputs: the channels that each resnet takes; all of them make `channels`.
+
+    `temb` is everywhere the embedding of t and, for SDXL, of the pooled text and the sizes, [B, 4 *
+    first width]; see Encoder.embed. Every resnet adds a projection of it. `context` [B,N,D] is the
+    text.
+    """
+
+    def __init__(
+            self, resnet_inputs: list[int], channels: int, transformers: int, depth: int,
+            heads: int, config: EncoderConfig):
         super().__init__()
+        self.gradient_checkpointing = False  # recompute layers in the backward pass, for memory
         temb_width = 4 * config.block_out_channels[0]
+        groups, eps = config.norm_num_groups, config.norm_eps
         self.resnets = nn.ModuleList(
-            ResnetBlock(c, channels, config.norm_num_groups, config.norm_eps, temb_width) for c in inputs)
+            ResnetBlock(width, channels, groups, eps, temb_width) for width in resnet_inputs)
         self.attentions = nn.ModuleList(
             SpatialTransformer(channels, depth, heads, config) for _ in range(transformers))
+
+    def layer(self, i: int, x, temb, context):
+        """Resnet number i and its transformer, if the level has any."""
+        x = self.run(self.resnets[i], x, temb)
+        if self.attentions:
+            x = self.run(self.attentions[i], x, context)
+        return x
+
+    def run(self, module, *inputs):
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(module, *inputs, use_reentrant=False)
+        return module(*inputs)
+
+
+class DownLevel(Level):
+    """diffusers' CrossAttnDownBlock2D, or its DownBlock2D if not `attends`.
+
+    x [B,C_in,H,W] -> (x at half the size, except in the last level; skip connections). The skip
+    connections are x after every layer and after the downsampling.
+    """
+
+    def __init__(
+            self, in_channels: int, channels: int, attends: bool, depth: int, heads: int,
+            is_last: bool, config: EncoderConfig):
+        layers = config.layers_per_block
+        resnet_inputs = [in_channels] + [channels] * (layers - 1)
+        super().__init__(resnet_inputs, channels, layers if attends else 0, depth, heads, config)
+        self.downsamplers = nn.ModuleList([] if is_last else [Downsample(channels)])
+
+    def forward(self, x, temb, context):
+        skips = []
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, temb, context)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidLevel(Level):
+    """diffusers' UNetMidBlock2DCrossAttn: a resnet, a transformer, a resnet.
+
+    x [B,C,H,W] -> [B,C,H,W].
+    """
+
+    def __init__(self, channels: int, depth: int, heads: int, config: EncoderConfig):
+        super().__init__([channels, channels], channels, 1, depth, heads, config)
+
+    def forward(self, x, temb, context):
+        x = self.layer(0, x, temb, context)
+        return self.run(self.resnets[1], x, temb)
+
+
+class UpLevel(Level):
+    """diffusers' CrossAttnUpBlock2D, or its UpBlock2D if not `attends`.
+
+    x [B,C_in,H,W] -> x at twice the size, except in the last level. The level pops its skip
+    connections off the end of `skips`, which it shares with the other levels.
+    resnet_inputs: for each resnet, the channels of x and of its skip connection together.
+    """
+
+    def __init__(
+            self, resnet_inputs: list[int], channels: int, attends: bool, depth: int, heads: int,
+            is_last: bool, config: EncoderConfig):
+        transformers = len(resnet_inputs) if attends else 0
+        super().__init__(resnet_inputs, channels, transformers, depth, heads, config)
+        self.upsamplers = nn.ModuleList([] if is_last else [Upsample(channels)])
+
+    def forward(self, x, skips: list, temb, context):
+        for i in range(len(self.resnets)):
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = self.layer(i, x, temb, context)
+        for upsample in self.upsamplers:
+            x = upsample(x, size=skips[-1].shape[-2:])
+        return x
 
 
 class Encoder(nn.Module):
     """The way down to the middle, which a UNet and a ControlNet share."""
 
-    def __init__(self, config):
+    def __init__(self, config: EncoderConfig):
         super().__init__()
-        self.config, self.checkpointing = config, False  # checkpointing: recompute blocks in backward to save memory
-        widths, layers = config.block_out_channels, config.layers_per_block
-        depths, heads = (config.per_level(x) for x in (config.transformer_layers_per_block, config.attention_head_dim))
-        temb_width, last = 4 * widths[0], len(widths) - 1
+        self.config = config
+        widths = config.block_out_channels
+        depths = config.per_level(config.transformer_layers_per_block)
+        heads = config.per_level(config.attention_head_dim)
+        temb_width = 4 * widths[0]
 
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepMLP(widths[0], temb_width)
         if config.addition_embed_type:
-            self.add_embedding = TimestepMLP(config.projection_class_embeddings_input_dim, temb_width)
+            added_width = config.projection_class_embeddings_input_dim
+            self.add_embedding = TimestepMLP(added_width, temb_width)
 
-        self.skips, channels = [widths[0]], widths[0]  # channels of what the way down leaves for the way up
         self.down_blocks = nn.ModuleList()
+        channels = widths[0]
+        self.skip_channels = [channels]  # of the skip connections, in the order they are made
         for i, width in enumerate(widths):
             attends = config.down_block_types[i].startswith("CrossAttn")
-            level = Level([channels] + [width] * (layers - 1), width, layers * attends, depths[i], heads[i], config)
-            level.downsamplers = nn.ModuleList([Downsample(width)] if i < last else [])
+            is_last = i == len(widths) - 1
+            level = DownLevel(channels, width, attends, depths[i], heads[i], is_last, config)
             self.down_blocks.append(level)
-            self.skips += [width] * (layers + len(level.downsamplers))
+            self.skip_channels += [width] * (len(level.resnets) + len(level.downsamplers))
             channels = width
 
-        self.mid_block = Level([channels] * 2, channels, 1, depths[-1], heads[-1], config)
+        self.mid_block = MidLevel(channels, depths[-1], heads[-1], config)
 
-    def embed(self, t, pooled, size_ids, like):
-        """t, and for SDXL pooled text and size_ids, as one vector [B, 4 * first width] added in every resnet."""
-        t = torch.as_tensor(t, device=like.device).expand(like.shape[0])
-        temb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(like.dtype))
+    def enable_gradient_checkpointing(self, on: bool = True):
+        """Recompute every layer in the backward pass: less memory, more time."""
+        for module in self.modules():
+            if isinstance(module, Level):
+                module.gradient_checkpointing = on
+
+    def embed(self, t, pooled, size_ids, x) -> torch.Tensor:
+        """temb [B, 4 * first width], the embedding of t and, for SDXL, pooled text and sizes."""
+        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
+        sinusoids = timestep_embedding(t, self.config.block_out_channels[0])
+        temb = self.time_embedding(sinusoids.to(x.dtype))
         if self.config.addition_embed_type:
-            sizes = timestep_embedding(size_ids.flatten(), self.config.addition_time_embed_dim)
-            sizes = sizes.unflatten(0, size_ids.shape).flatten(1)  # [B,6] -> [B, 6 * addition_time_embed_dim]
-            temb = temb + self.add_embedding(torch.cat([pooled, sizes.to(pooled.dtype)], dim=-1).to(like.dtype))
+            width = self.config.addition_time_embed_dim
+            sizes = timestep_embedding(size_ids.flatten(), width)
+            sizes = sizes.unflatten(0, size_ids.shape).flatten(1)  # [B,6] -> [B, 6 * width]
+            added = torch.cat([pooled, sizes.to(pooled.dtype)], dim=-1)
+            temb = temb + self.add_embedding(added.to(x.dtype))
         return temb
 
-    def read(self, context):
-        """The text as every cross-attention sees it, {attention: (k, v)}: the same at every step of a drawing, so that
-        it need not be computed again. `forward` takes it for `context`."""
-        return {block.attn2: block.attn2.keys_and_values(context)
-                for block in self.modules() if isinstance(block, TransformerBlock)}
-
-    def run(self, module, *args):
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(module, *args, use_reentrant=False)
-        return module(*args)
-
-    def down(self, x, temb, context):
-        """What conv_in made [B,C,h,w] -> a list of x after it and after every block, widths `skips`, and after the
-        middle."""
-        found = [x]
+    def encode(self, x, temb, context) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """What conv_in made, [B,C,h,w] -> (x after the middle, the skip connections)."""
+        skips = [x]
         for level in self.down_blocks:
-            for i, resnet in enumerate(level.resnets):
-                x = self.run(resnet, x, temb)
-                x = self.run(level.attentions[i], x, context) if level.attentions else x
-                found.append(x)
-            for downsample in level.downsamplers:
-                x = downsample(x)
-                found.append(x)
+            x, more = level(x, temb, context)
+            skips += more
+        return self.mid_block(x, temb, context), skips
 
-        x = self.run(self.mid_block.resnets[0], x, temb)
-        x = self.run(self.mid_block.attentions[0], x, context)
-        return [*found, self.run(self.mid_block.resnets[1], x, temb)]
+    def text_keys_values(self, context: torch.Tensor) -> TextKeysValues:
+        """What every cross-attention computes of the text, context [B,N,D].
+
+        `forward` takes it for `context`.
+        """
+        keys_values = TextKeysValues()
+        for block in self.modules():
+            if isinstance(block, TransformerBlock):
+                keys_values[block.attn2] = block.attn2.keys_and_values(context)
+        return keys_values
 
 
 class UNet(Encoder):
-    def __init__(self, config=SDXL_BASE):
+    """The encoder, and the way up with its skip connections: diffusers' UNet2DConditionModel."""
+
+    def __init__(self, config: UNetConfig = SDXL_BASE):
         super().__init__(config)
-        widths, layers = config.block_out_channels, config.layers_per_block
-        depths, heads = (config.per_level(x) for x in (config.transformer_layers_per_block, config.attention_head_dim))
-        last, skips, channels = len(widths) - 1, list(self.skips), widths[-1]
+        widths = config.block_out_channels
+        depths = config.per_level(config.transformer_layers_per_block)
+        heads = config.per_level(config.attention_head_dim)
 
         self.up_blocks = nn.ModuleList()
-        for i, width in reversed(list(enumerate(widths))):
-            attends = config.up_block_types[last - i].startswith("CrossAttn")
-            inputs = [(channels if layer == 0 else width) + skips.pop() for layer in range(layers + 1)]
-            level = Level(inputs, width, (layers + 1) * attends, depths[i], heads[i], config)
-            level.upsamplers = nn.ModuleList([Upsample(width)] if i > 0 else [])
+        channels = widths[-1]
+        skips = list(self.skip_channels)
+        for i in reversed(range(len(widths))):
+            resnet_inputs = []
+            for layer in range(config.layers_per_block + 1):
+                before = channels if layer == 0 else widths[i]
+                resnet_inputs.append(before + skips.pop())
+            attends = config.up_block_types[len(widths) - 1 - i].startswith("CrossAttn")
+            is_last = i == 0
+            level = UpLevel(
+                resnet_inputs, widths[i], attends, depths[i], heads[i], is_last, config)
             self.up_blocks.append(level)
-            channels = width
+            channels = widths[i]
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def forward(self, x, t, context, pooled=None, size_ids=None, residuals=None):
-        """x [B,C,h,w], t scalar or [B] in 0..999 (fractions allowed), context [B,N,D] or what `read` made of it,
-        pooled [B,D], size_ids [B,6] (both SDXL only) -> the prediction (noise, or velocity) [B,C_out,h,w].
-        `residuals`: a list to add to what `down` gives."""
-        temb = self.embed(t, pooled, size_ids, x)
-        skips = self.down(self.conv_in(x), temb, context)
-        if residuals is not None:
-            skips = [skip + residual for skip, residual in zip(skips, residuals, strict=True)]
-        x = skips.pop()
+    def forward(
+            self, x: torch.Tensor, t: torch.Tensor | float, context: torch.Tensor | TextKeysValues,
+            pooled: torch.Tensor | None = None, size_ids: torch.Tensor | None = None,
+            residuals: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """The prediction (noise, or velocity) [B,C_out,h,w] for x [B,C,h,w].
 
+        t: timesteps, a scalar or [B], in 0..999 (fractions allowed).
+        context: the text [B,N,D], or what `text_keys_values` made of it.
+        pooled [B,D], size_ids [B,6]: SDXL only.
+        residuals: a ControlNet's, one for each skip connection, and the last one for the middle.
+        """
+        temb = self.embed(t, pooled, size_ids, x)
+        x, skips = self.encode(self.conv_in(x), temb, context)
+        if residuals is not None:
+            *for_skips, for_middle = residuals
+            skips = [skip + residual for skip, residual in zip(skips, for_skips, strict=True)]
+            x = x + for_middle
         for level in self.up_blocks:
-            for i, resnet in enumerate(level.resnets):
-                x = self.run(resnet, torch.cat([x, skips.pop()], dim=1), temb)
-                x = self.run(level.attentions[i], x, context) if level.attentions else x
-            for upsample in level.upsamplers:
-                x = upsample(x, skips[-1].shape[-2:])
+            x = level(x, skips, temb, context)
         return self.conv_out(group_norm(x, self.conv_norm_out, silu=True))
