@@ -1,120 +1,137 @@
-"""What every room uses: a user's mistake, settings from JSON or the command line, and counter-based randomness."""
+"""What every room uses: the users' mistakes, checked configs, counter-based randomness."""
 
-import argparse
 import dataclasses
 import hashlib
 import re
 import typing
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).parents[1]  # the checkout, from which minipic is used without installation
+
 
 class InputError(Exception):
-    """A user's mistake in one sentence: which file, key or flag is wrong, and what to do. The scripts exit 2."""
+    """A user's mistake in one sentence: which file, key or value is wrong, and what to do about it.
 
-
-def from_json(cls, values, fixed, where):
-    """Fill the dataclass `cls` from an official config.json.
-
-    `values`: the parsed JSON; `fixed`: {key: tuple of its supported values, or ... where any value changes nothing};
-    `where`: the file, for messages. Keys with a leading underscore are the writer's notes.
-    Raises InputError for an unknown key or an unsupported value: ignoring one would give silently wrong numbers.
+    The scripts print it and exit with code 2.
     """
-    known, found = {f.name: f.type for f in dataclasses.fields(cls)}, {}
-    for key, value in values.items():
-        value, allowed = tuple(value) if isinstance(value, list) else value, fixed.get(key, ...)
-        if allowed is not ... and value not in allowed:
-            raise InputError(f"{where}: {key}={value!r} is not supported (supported: {', '.join(map(repr, allowed))})")
-        if key in known and not _fits(value, known[key]):
-            raise InputError(f"{where}: {key}={value!r} is of the wrong type; fetch the file again or use "
-                             "another model")
-        if key in known:
-            found[key] = value
-        elif key not in fixed and not key.startswith("_"):
-            raise InputError(f"{where}: unknown key {key!r} for {cls.__name__}; remove it or use a supported model")
-    return cls(**found)
 
 
-def _fits(value, kind):
-    """Whether a value from JSON, lists made tuples, is of a field's type: int, tuple[int, ...], float | None, ..."""
-    inner = typing.get_args(kind)
+class ParameterError(InputError):
+    """A mistake in the value of one parameter of a function, or of one setting.
+
+    From Python it reads "steps: choose 1 or more, not 0"; the scripts write the same with their
+    flag, "--steps: ...".
+    """
+
+    def __init__(self, parameter: str, problem: str):
+        super().__init__(f"{parameter}: {problem}")
+        self.parameter = parameter
+        self.problem = problem
+
+    def as_flag(self) -> str:
+        """The message in the words of a command line."""
+        return f"{flag_of(self.parameter)}: {self.problem}"
+
+
+def flag_of(field: str) -> str:
+    """The flag of a settings field: "image_guidance" -> "--image-guidance", "from_" -> "--from"."""
+    return "--" + field.rstrip("_").replace("_", "-")
+
+
+def message_of(error: Exception) -> str:
+    """What a script prints of an error."""
+    return error.as_flag() if isinstance(error, ParameterError) else str(error)
+
+
+def find_file(path: str | Path) -> Path:
+    """A path as given; one that does not exist here is looked for beside the package.
+
+    So "weights/tiny" is found from any folder.
+    """
+    path = Path(path)
+    beside = ROOT / path
+    return beside if not path.exists() and beside.exists() else path
+
+
+class CheckedConfig:
+    """A config dataclass that checks itself when it is made, from Python as from JSON.
+
+    It checks the types of all fields, and ranges by LIMITS, {field: (smallest, largest)}, which
+    hold for each number of a tuple. Other fields are not limited. Raises ParameterError.
+    """
+
+    LIMITS = {}
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not has_type(value, field.type):
+                is_class = isinstance(field.type, type)
+                expected = field.type.__name__ if is_class else field.type
+                raise ParameterError(
+                    field.name, f"{value!r} is of the wrong type; expected {expected}")
+            if field.name in self.LIMITS and value is not None:
+                low, high = self.LIMITS[field.name]
+                for number in value if isinstance(value, tuple) else (value,):
+                    if not low <= number <= high:
+                        raise ParameterError(
+                            field.name, f"{value!r} is out of range; expected {low} to {high}")
+
+
+def has_type(value, kind) -> bool:
+    """Whether a value has the type of a field: int, float (or int), tuple[int, ...], X | None."""
+    alternatives = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_fits(x, inner[0]) for x in value)
-    return any(_fits(value, x) for x in inner) if inner else type(value) in ((int, float) if kind is float else (kind,))
-
-
-def option(default, help, choices=None):
-    """A field of a recipe: its default, one line for --help, and the values allowed (None: any of its type)."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
-
-
-def bounded(kind):
-    """`int` or `float` for argparse, without NaN, infinity and what fits no 64 bits: no flag can mean them."""
-    def read(text):
-        value = kind(text)
-        if not abs(value) < 2**63:
-            raise ValueError
-        return value
-    read.__name__ = kind.__name__  # argparse calls it so
-    return read
+        if not isinstance(value, tuple):
+            return False
+        if alternatives[-1] is ...:
+            alternatives = alternatives[:1] * len(value)
+        return len(value) == len(alternatives) and all(map(has_type, value, alternatives))
+    if alternatives:
+        return any(has_type(value, alternative) for alternative in alternatives)
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind
 
 
 @contextmanager
-def enough_memory(remedy):
-    """Makes an InputError that says the `remedy` of memory that runs out, a GPU's or the computer's."""
+def enough_memory(remedy: str):
+    """Turns "out of memory", of a GPU or the computer, into an InputError with the `remedy`."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # PyTorch has no one class for it
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+    except MemoryError as error:
+        raise InputError(f"not enough memory; {remedy}") from error
+    except RuntimeError as error:  # PyTorch has no class of its own for the computer's memory
+        if not re.search("out of memory|allocate memory", str(error)):
             raise
         raise InputError(f"not enough memory; {remedy}") from error
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message}; --help lists every flag")
-
-
-def from_argv(cls, argv, prog, positional=()):
-    """Fill the dataclass `cls` from a command line: `--steps 500`, `--steps=500`, `--ema` / `--no-ema`.
-
-    Every field is a flag (underscores become dashes); one of a tuple is given once for each value. Fields named in
-    `positional` are given without a flag. Raises InputError for an unknown flag or a value of the wrong type.
-    """
-    parser = _Parser(prog, description=cls.__doc__, allow_abbrev=False,
-                     formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, 32, 110))
-    for f in dataclasses.fields(cls):
-        kind, extra = f.type, {}
-        if typing.get_origin(kind) is tuple:
-            kind, extra = typing.get_args(kind)[0], {"nargs": "*"} if f.name in positional else {"action": "append"}
-        if kind is bool:
-            extra["action"] = argparse.BooleanOptionalAction
-        else:
-            extra.update(type=kind if kind is str else bounded(kind), choices=f.metadata.get("choices"))
-            if f.name not in positional:
-                extra["metavar"] = kind.__name__.upper()
-        name = f.name if f.name in positional else "--" + f.name.rstrip("_").replace("_", "-")  # from_ is --from
-        extra |= {} if f.name in positional else {"dest": f.name}
-        default = None if extra.get("action") == "append" else f.default  # it would be appended to
-        parser.add_argument(name, default=default, help=f.metadata.get("help"), **extra)
-    given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
-    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
-
-
-def computes_bf16(device):
-    """Whether this kind of torch.device multiplies in bf16; a CPU that does not takes up to 50 times fp32's time."""
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a device of this kind multiplies in bf16. Other CPUs need up to 50 times longer."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    names = ("avx512_bf16", "amx_tile") if device.type == "cpu" else ()
-    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in names)
+    if device.type != "cpu":
+        return False
+    return cpu_has("avx512_bf16") or cpu_has("amx_tile")
 
 
-def random(*key):
-    """A CPU generator that is a pure function of `key`, e.g. random(seed, "noise", step, index).
+def cpu_has(capability: str) -> bool:
+    """Whether this CPU has "avx512_bf16" (bf16 products) or "amx_tile" (a matrix unit for them)."""
+    # Not every version of PyTorch has both names.
+    probe = getattr(torch.cpu, f"_is_{capability}_supported", None)
+    return probe is not None and probe()
 
-    Training draws every number from such a generator, so resuming, the number of processes and the number of workers
-    do not change what is trained.
+
+def rng(*key) -> torch.Generator:
+    """A CPU generator that is a pure function of `key`, such as rng(seed, "noise", step, index).
+
+    Training draws every number from such a generator. So neither a resumed run nor another number
+    of processes changes what is trained.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    seed = int.from_bytes(digest[:8], "little") >> 1
+    return torch.Generator().manual_seed(seed)

@@ -11,8 +11,9 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from minipic.common import InputError
-from minipic.image import (cover, labelled_grid, open_picture, parameters, read_settings, save_new, to_pictures,
-                           to_tensor, write_if_free)
+from minipic.figures import image_grid
+from minipic.image import (
+    open_picture, parameters, read_settings, resize_and_crop, save_new, to_pictures, to_tensor, write_if_free)
 
 SETTINGS = {"prompt": "a blåbær 🫐", "negative": "blurry", "steps": 30, "sampler": "euler", "guidance": 5.0, "seed": 7,
             "model": "weights/tiny"}
@@ -93,25 +94,25 @@ def test_missing_pictures_are_refused(tmp_path):
         open_picture(tmp_path)
 
 
-def test_cover_keeps_proportions():
+def test_resize_and_crop_keeps_proportions():
     wide = Image.fromarray(np.hstack([np.full((8, 4, 3), c, np.uint8) for c in (0, 255, 255, 0)]))  # 16 x 8
-    assert cover(wide, (8, 8)).tobytes() == bytes([255]) * 8 * 8 * 3
-    assert cover(wide, (16, 8)) is wide
+    assert resize_and_crop(wide, (8, 8)).tobytes() == bytes([255]) * 8 * 8 * 3
+    assert resize_and_crop(wide, (16, 8)) is wide
 
 
 def test_grid_has_every_picture_and_label():
     colors = ["red", "lime", "blue", "cyan", "magenta"]
     pictures = [Image.new("RGB", (64, 64), color) for color in colors]
-    sheet = labelled_grid(pictures, [f"seed {i}" for i in range(5)], columns=3, title="five colours")
+    sheet = image_grid(pictures, [f"seed {i}" for i in range(5)], columns=3, title="five colours")
     found = dict((color, count) for count, color in sheet.getcolors(sheet.width * sheet.height))
     assert [found[picture.getpixel((0, 0))] for picture in pictures] == [192 * 192] * 5  # each enlarged 3 times
-    bare = labelled_grid(pictures, columns=3)
+    bare = image_grid(pictures, columns=3)
     assert bare.width == sheet.width and sheet.height > bare.height + 3 * 12
     assert len(bare.getcolors()) == 6 < len(sheet.getcolors())  # no text, only paper
-    long = labelled_grid(pictures, ["a small red sphere left of a large blue cube"] * 5, columns=3)
-    assert long.width == bare.width and long.height > labelled_grid(pictures, ["a"] * 5, columns=3).height + 2 * 12
-    assert labelled_grid(pictures[:4]).width < labelled_grid(pictures[:3]).width  # 2 x 2, but 3 in a row
-    assert labelled_grid(pictures, ["x" * 500] * 5).width < 1000
+    long = image_grid(pictures, ["a small red sphere left of a large blue cube"] * 5, columns=3)
+    assert long.width == bare.width and long.height > image_grid(pictures, ["a"] * 5, columns=3).height + 2 * 12
+    assert image_grid(pictures[:4]).width < image_grid(pictures[:3]).width  # 2 x 2, but 3 in a row
+    assert image_grid(pictures, ["x" * 500] * 5).width < 1000
 
 
 def test_settings_come_back_from_the_file(tmp_path):

@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
-from toy_recipe import at, finish, hashes, processes, until
+from toy_recipe import at, finish, hashes, start_toys, until
 
-from minipic import checkpoint
+from minipic.training.checkpoint import complete_checkpoints, find_damage
 
 STEPS = 60
-FLAGS = ["--steps", STEPS, "--save-every", 2, "--accumulate", 2, "--dropout", 0.2, "--log-every", 5]
+FLAGS = ["--steps", STEPS, "--save-every", 2, "--gradient-accumulation", 2, "--dropout", 0.2, "--log-every", 5]
 
 
 def train_and_kill(folder, kills, world, slow_disk, seed):
@@ -26,13 +26,13 @@ def train_and_kill(folder, kills, world, slow_disk, seed):
     came through.
     """
     chance, count = random.Random(seed), collections.Counter(kills=0, while_saving=0, runs=0)
-    assert finish(processes([*FLAGS, "--out", folder / "lived"], folder / "said", world)) == [0] * world
+    assert finish(start_toys([*FLAGS, "--out", folder / "lived"], folder / "said", world=world)) == [0] * world
     while count["kills"] < kills:
         out = folder / f"run{count['runs']}"
-        while (newest := max(checkpoint.finished(out / "checkpoints"), default=0)) < STEPS:
+        while (newest := max(complete_checkpoints(out / "checkpoints"), default=0)) < STEPS:
             said = folder / f"said{count['runs']}-{count['kills']}"
             resume = ["--resume", "latest"] if newest else []
-            run = processes([*FLAGS, "--out", out, *resume], said, world, slow_disk=slow_disk)
+            run = start_toys([*FLAGS, "--out", out, *resume], said, world=world, slow_disk=slow_disk)
             if count["kills"] < kills:
                 until(lambda: said.exists() and ("starting in" in said.read_text() or "going on" in said.read_text()))
                 time.sleep(chance.uniform(0, 0.4))
@@ -46,13 +46,14 @@ def train_and_kill(folder, kills, world, slow_disk, seed):
             count["while_saving"] += killed and any(out.glob("checkpoints/*.tmp"))
             if newest:
                 assert f"going on from {at(out, newest)}\n" in said.read_text()  # nothing finished is lost
-            for path in checkpoint.finished(out / "checkpoints").values():
-                assert checkpoint.damage(path) == ""  # a finished name is a promise
+            for path in complete_checkpoints(out / "checkpoints").values():
+                assert find_damage(path) == ""  # a finished name is a promise
         assert hashes(at(out, STEPS)) == hashes(at(folder / "lived", STEPS))
         count["runs"] += 1
     return dict(count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world, kills", [(1, 4), (2, 2)])
 def test_killed_runs_resume_bitwise(tmp_path, world, kills):
     assert train_and_kill(tmp_path, kills, world, slow_disk=0.004, seed=world)["kills"] == kills

@@ -13,32 +13,38 @@ import pytest
 import tiny
 import torch
 import toy_recipe
-from toy_recipe import apart, at, finish, hashes, one_thread, processes, toy, until
+from toy_recipe import (  # noqa: F401 - a fixture
+    apart, at, finish, hashes, one_thread, start_toys, start_training, toy, until)
 
 import train
-from minipic import checkpoint, training
+from minipic.layers.blocks import ResnetBlock
+from minipic.models.unet import SD15, SDXL_BASE, TransformerBlock, UNet, UNetConfig
 from minipic.pipeline import Pipeline
+from minipic.training.checkpoint import complete_checkpoints, find_damage
+from minipic.training.fsdp import FSDPModule, blocks_to_shard, whole_parameters
+from minipic.training.processes import Loss, distribute
+from minipic.weights.layouts import build_empty
 
 ROOT = Path(__file__).parents[1]
-FSDP = ["--fsdp"] if hasattr(training.FSDPModule, "set_force_sum_reduction_for_comms") else []  # PyTorch 2.8
+FSDP = ["--fsdp"] if hasattr(FSDPModule, "set_force_sum_reduction_for_comms") else []  # PyTorch 2.8
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_full_disk_keeps_the_old_checkpoint(tmp_path):
     flags = ["--out", tmp_path / "run", "--width", 801, "--save-every", 10, "--log-every", 100]
-    assert toy(*flags, "--steps", 10, "--schedule", "constant") == 0
+    assert toy(*flags, "--steps", 10, "--lr-schedule", "constant") == 0
     before = hashes(at(tmp_path / "run", 10))
-    run = processes([*flags, "--schedule", "constant", "--resume", "latest"], tmp_path / "said", limit=30_000)
+    run = start_toys([*flags, "--lr-schedule", "constant", "--resume", "latest"], tmp_path / "said", limit=30_000)
     assert finish(run) == [2]
     said = (tmp_path / "said").read_text().splitlines()[-1]
     assert re.search(r"cannot write .*step-000020 \([\d,]+ bytes\): .*File too large.*--resume latest", said)
     assert "Traceback" not in (tmp_path / "said").read_text()
-    assert checkpoint.damage(at(tmp_path / "run", 10)) == "" and hashes(at(tmp_path / "run", 10)) == before
+    assert find_damage(at(tmp_path / "run", 10)) == "" and hashes(at(tmp_path / "run", 10)) == before
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000010"]
 
 
 def test_full_disk_in_the_log_is_one_sentence(tmp_path):
-    run = processes(["--out", tmp_path / "run", "--steps", 99], tmp_path / "said", limit=3000)
+    run = start_toys(["--out", tmp_path / "run", "--steps", 99], tmp_path / "said", limit=3000)
     assert finish(run) == [2]
     assert "train.py: [Errno 27] File too large; make room" in (tmp_path / "said").read_text()
     assert "Traceback" not in (tmp_path / "said").read_text()
@@ -46,20 +52,20 @@ def test_full_disk_in_the_log_is_one_sentence(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_finishes_the_step_saves_and_exits_0(tmp_path, number):
-    flags = ["--steps", 10 ** 6, "--schedule", "constant", "--slow", 0.01]
-    run = processes(["--out", tmp_path / "run", *flags], tmp_path / "said")
+    flags = ["--steps", 10 ** 6, "--lr-schedule", "constant", "--slow", 0.01]
+    run = start_toys(["--out", tmp_path / "run", *flags], tmp_path / "said")
     until(lambda: (tmp_path / "run/log.jsonl").exists() and (tmp_path / "run/log.jsonl").stat().st_size > 500)
     os.kill(run[0].pid, number)
     assert finish(run) == [0]
-    (step, folder), = checkpoint.finished(tmp_path / "run/checkpoints").items()
+    (step, folder), = complete_checkpoints(tmp_path / "run/checkpoints").items()
     assert f"stopped by {number.name} after step {step}, saved" in (tmp_path / "said").read_text()
     assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == step
-    assert toy("--out", tmp_path / "whole", "--schedule", "constant", "--slow", 0.01, "--steps", step) == 0
+    assert toy("--out", tmp_path / "whole", "--lr-schedule", "constant", "--slow", 0.01, "--steps", step) == 0
     assert hashes(folder) == hashes(at(tmp_path / "whole", step))
 
 
 def test_second_signal_stops_at_once(tmp_path):
-    run = processes(["--out", tmp_path / "run", "--slow", 30], tmp_path / "said")
+    run = start_toys(["--out", tmp_path / "run", "--slow", 30], tmp_path / "said")
     until(lambda: (tmp_path / "run/log.jsonl").exists())
     os.kill(run[0].pid, signal.SIGINT)
     time.sleep(1.2)  # a repeat within a second counts as the first
@@ -68,11 +74,13 @@ def test_second_signal_stops_at_once(tmp_path):
     assert run[0].exitcode == 128 + signal.SIGINT
 
 
-@pytest.mark.parametrize("flags", [[], ["--accumulate", 2], FSDP, [*FSDP, "--accumulate", 2]], ids=str)
-def test_two_processes_train_what_one_does(tmp_path, flags):
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("sharding", [[], FSDP], ids=["DDP", "FSDP"])
+def test_two_processes_train_what_one_does(tmp_path, sharding, accumulation):
+    flags = [*sharding, "--gradient-accumulation", accumulation]
     common = ["--save-every", 12, "--sample-every", 12]
     assert toy("--out", tmp_path / "one", *common) == 0
-    run = processes(["--out", tmp_path / "two", *common, *flags], tmp_path / "said", world=2)
+    run = start_toys(["--out", tmp_path / "two", *common, *flags], tmp_path / "said", world=2)
     assert finish(run) == [0, 0], (tmp_path / "said").read_text()
     assert apart(at(tmp_path / "one", 24), at(tmp_path / "two", 24)) < 1e-6
     assert json.loads((tmp_path / "two/model/student.json").read_text()).keys() == {
@@ -86,27 +94,61 @@ def test_two_processes_train_what_one_does(tmp_path, flags):
     # A checkpoint of two processes resumes on one, and of one on two.
     assert toy("--out", tmp_path / "two-one", "--resume", at(tmp_path / "two", 12)) == 0
     assert apart(at(tmp_path / "one", 24), at(tmp_path / "two-one", 24)) < 1e-6
-    run = processes(["--out", tmp_path / "one-two", "--resume", at(tmp_path / "one", 12), *flags], tmp_path / "s", 2)
-    assert finish(run) == [0, 0], (tmp_path / "s").read_text()
+    flags += ["--out", tmp_path / "one-two", "--resume", at(tmp_path / "one", 12)]
+    assert finish(start_toys(flags, tmp_path / "said", world=2)) == [0, 0], (tmp_path / "said").read_text()
     assert apart(at(tmp_path / "one", 24), at(tmp_path / "one-two", 24)) < 1e-6
 
 
-def test_torchrun_shards_a_real_model_and_it_is_drawn_from_and_saved_whole(tmp_path):
-    """What other tests leave to the toy: a pipeline of several networks, some frozen, written in the official layout."""
-    flags = ["t2i", "--model", str(tiny.folder()), "--steps", "1", "--batch", "2", "--scenes", "4", "--warmup", "1",
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, launcher", [
+    ("sd15", "forkserver"), ("sdxl", "torchrun")])
+def test_a_real_model_is_sharded_and_it_is_drawn_from_and_saved_whole(tmp_path, kind, launcher):
+    """What other tests leave to the toy: several networks, some of them frozen, written in the official layout."""
+    flags = ["t2i", "--model", str(tiny.folder(kind)), "--steps", "1", "--batch", "2", "--scenes", "4", "--warmup", "1",
              "--precision", "fp32", "--sample-every"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
-    done = subprocess.run([*command, *flags, "1", *FSDP, "--out", tmp_path / "two"], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    sharded = [*flags, "1", *FSDP, "--out", str(tmp_path / "two")]
+    if launcher == "forkserver":
+        run = start_training(sharded, tmp_path / "said", world=2)
+        assert finish(run) == [0, 0], (tmp_path / "said").read_text()
+    else:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        done = subprocess.run([*torchrun, ROOT / "train.py", *sharded], capture_output=True, text=True, cwd=tmp_path,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
     assert train.main([*flags, "0", "--out", str(tmp_path / "one")]) == 0
+
     one, two, before = (Pipeline.load(path).state_dict() for path in (
-        tmp_path / "one/model", tmp_path / "two/model", tiny.folder()))
-    difference, learnt = (sum((x - state[name]).abs().sum() for name, x in one.items()) for state in (two, before))
-    assert difference < 0.01 * learnt  # not for every weight: by the sign of a gradient of nearly 0 AdamW's first step goes
-    assert all(torch.equal(x, two[name]) and torch.equal(x, before[name].half().float())
-               for name, x in one.items() if not name.startswith("unet"))
+        tmp_path / "one/model", tmp_path / "two/model", tiny.folder(kind)))
+    learnt = sum((x - before[name]).abs().sum() for name, x in one.items())
+    difference = sum((x - two[name]).abs().sum() for name, x in one.items())
+    # Not for every weight: by the sign of a gradient of nearly 0 AdamW's first step goes.
+    assert difference < 0.01 * learnt
+    for name, x in one.items():
+        if not name.startswith("unet"):
+            assert torch.equal(x, two[name]) and torch.equal(x, before[name].half().float())
     assert (tmp_path / "two/samples/step-000001.png").exists()
+
+
+@pytest.mark.parametrize("config, share", [
+    (UNetConfig(sample_size=16, norm_num_groups=8, **tiny.UNETS["sdxl"]), 0.9), (SDXL_BASE, 0.95), (SD15, 0.95),
+], ids=["tiny", "SDXL", "SD 1.5"])
+def test_what_is_sharded_by_itself_is_every_resnet_and_every_transformer_block(config, share):
+    """In small networks the time embedding and what lies between the blocks is a larger part of the weights."""
+    unet = build_empty(UNet, config)
+    blocks = blocks_to_shard(unet, frozen=set())
+    assert len(set(blocks)) == len(blocks)
+    for module in unet.modules():
+        if isinstance(module, (ResnetBlock, TransformerBlock)):
+            assert module in blocks
+    for block in blocks:
+        inside = set(block.modules()) - {block}
+        assert inside.isdisjoint(blocks)
+    weights = sum(param.numel() for block in blocks for param in block.parameters())
+    assert weights > share * sum(param.numel() for param in unet.parameters())
+
+    trained = set(unet.down_blocks.parameters())
+    frozen = set(unet.parameters()) - trained
+    assert set(blocks_to_shard(unet, frozen)) == set(blocks) & set(unet.down_blocks.modules())
 
 
 @pytest.mark.skipif(not FSDP, reason="needs PyTorch 2.8")
@@ -120,11 +162,12 @@ def test_blocks_are_sharded_one_by_one_and_whole_while_gathered(monkeypatch):
     before, names = model.unet(x, *given), set(model.state_dict())
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        loss = training.distribute(training.Loss(model, None, None), toy_recipe.Recipe(fsdp=True))
-        assert {module for module in loss.modules() if isinstance(module, training.FSDPModule)} == {
-            loss, *(module for module in model.unet.modules() if isinstance(module, training.BLOCKS))}
+        blocks = blocks_to_shard(model, {param for param in model.parameters() if not param.requires_grad})
+        assert set(blocks) < set(model.unet.modules())
+        loss = distribute(Loss(model, None, None), toy_recipe.Settings(fsdp=True))
+        assert {module for module in loss.modules() if isinstance(module, FSDPModule)} == {loss, *blocks}
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        with checkpoint.gathered(model, params, True), torch.no_grad():
+        with whole_parameters(model, params, True), torch.no_grad():
             torch.testing.assert_close(model.unet(x, *given), before, rtol=1e-5, atol=1e-5)
             assert {type(value) for value in model.state_dict().values()} == {torch.Tensor}
         assert all(p is params[name] for name, p in model.named_parameters() if name in params)
@@ -136,22 +179,22 @@ def test_blocks_are_sharded_one_by_one_and_whole_while_gathered(monkeypatch):
 
 
 def test_two_processes_resume_bitwise_and_stop_together(tmp_path):
-    flags = ["--steps", 10 ** 6, "--schedule", "constant", "--slow", 0.01, *FSDP]
-    run = processes(["--out", tmp_path / "run", *flags], tmp_path / "said", world=2)
+    flags = ["--steps", 10 ** 6, "--lr-schedule", "constant", "--slow", 0.01, *FSDP]
+    run = start_toys(["--out", tmp_path / "run", *flags], tmp_path / "said", world=2)
     until(lambda: (tmp_path / "run/log.jsonl").exists() and (tmp_path / "run/log.jsonl").stat().st_size > 500)
     os.kill(run[1].pid, signal.SIGTERM)  # only one of them hears it
     assert finish(run) == [0, 0]
-    (step, _), = checkpoint.finished(tmp_path / "run/checkpoints").items()
+    (step, _), = complete_checkpoints(tmp_path / "run/checkpoints").items()
     assert f"stopped by a signal after step {step}" in (tmp_path / "said").read_text()
     flags[1] = step + 5
-    run = processes(["--out", tmp_path / "run", *flags, "--resume", "latest"], tmp_path / "said", world=2)
+    run = start_toys(["--out", tmp_path / "run", *flags, "--resume", "latest"], tmp_path / "said", world=2)
     assert finish(run) == [0, 0], (tmp_path / "said").read_text()
-    run = processes(["--out", tmp_path / "whole", *flags], tmp_path / "said", world=2)
+    run = start_toys(["--out", tmp_path / "whole", *flags], tmp_path / "said", world=2)
     assert finish(run) == [0, 0]
     assert hashes(at(tmp_path / "run", step + 5)) == hashes(at(tmp_path / "whole", step + 5))
 
 
 def test_nan_in_another_process_names_its_samples(tmp_path):
-    run = processes(["--out", tmp_path / "run", "--nan-loss", 5 * 8 + 6], tmp_path / "said", world=2)
+    run = start_toys(["--out", tmp_path / "run", "--nan-loss", 5 * 8 + 6], tmp_path / "said", world=2)
     assert finish(run) == [2, 2]
     assert "the loss of step 6 is NaN or infinite, in samples 44 to 47" in (tmp_path / "said").read_text()

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from minipic.common import InputError
-from minipic.text import END, LENGTH, Tokenizer, size_ids, train_tokenizer
+from minipic.recipes.tokenizer import train_tokenizer
+from minipic.text import Tokenizer, size_ids
+from minipic.weights.tokenizer import END, LENGTH
 
 OFFICIAL = Path(__file__).parents[2] / "shared" / "official"  # the official small files; not part of this repository
 needs_official = pytest.mark.skipif(not OFFICIAL.exists(), reason="no official vocabulary here")

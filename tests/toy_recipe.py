@@ -27,23 +27,25 @@ from torch.nn import functional
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 import train
-from minipic import training
-from minipic.common import option, random
+from minipic.common import rng
+from minipic.training.flags import option
+from minipic.training.settings import TrainSettings
 
 train.RECIPES["toy"] = "toy_recipe"
 
 
 @dataclasses.dataclass
-class Recipe(training.Recipe):
+class Settings(TrainSettings):
     """A student learns what a teacher says."""
-    steps: int = option(24, "optimizer steps in all")
-    batch: int = option(8, "samples a step")
-    precision: str = option("fp32", "arithmetic of the forward pass", ("fp32", "bf16"))
-    warmup: int = option(5, "steps of warm-up")
-    ema: float = option(0.9, "decay of the average")
-    save_every: int = option(100, "steps between checkpoints")
-    sample_every: int = option(0, "steps between pictures")
-    log_every: int = option(1, "steps between lines of the log")
+
+    steps: int = option(24)
+    batch: int = option(8)
+    precision: str = option("fp32")
+    warmup: int = option(5)
+    ema: float = option(0.9)
+    save_every: int = option(100)
+    sample_every: int = option(0)
+    log_every: int = option(1)
     width: int = option(17, "width of the student; odd, so that shards are uneven")
     dropout: float = option(0.0, "dropout of the student")
     slow: float = option(0.0, "seconds that each micro-batch takes")
@@ -55,8 +57,8 @@ class Model(nn.Module):
     def __init__(self, width, dropout):
         super().__init__()
         self.teacher = nn.Linear(6, 3)
-        self.student = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Dropout(dropout), nn.LayerNorm(width),
-                                     nn.Linear(width, 3))
+        self.student = nn.Sequential(
+            nn.Linear(6, width), nn.Tanh(), nn.Dropout(dropout), nn.LayerNorm(width), nn.Linear(width, 3))
         self.register_buffer("calls", torch.zeros(1))
 
 
@@ -68,15 +70,24 @@ def setup(model, config):
     return list(model.student.parameters())
 
 
-def data(model, config):
-    def batch_of(step, indices):
-        if config.slow:
-            time.sleep(config.slow)
-        x = torch.stack([torch.randn(6, generator=random(config.seed, "x", index)) for index in indices])
+class TeacherData:
+    """Batches of random vectors x [B,6] with what the teacher says of them, y [B,3]."""
+
+    def __init__(self, model, config):
+        self.model = model
+        self.config = config
+
+    def batch(self, step, indices):
+        if self.config.slow:
+            time.sleep(self.config.slow)
+        x = torch.stack([torch.randn(6, generator=rng(self.config.seed, "x", index)) for index in indices])
         with torch.no_grad():  # frozen parts must stay whole when the rest is sharded
-            y = model.teacher(x.to(model.calls.device))
+            y = self.model.teacher(x.to(self.model.calls.device))
         return {"x": x, "y": y, "indices": indices}
-    return batch_of
+
+
+def data(model, config):
+    return TeacherData(model, config)
 
 
 def loss(model, batch, config):
@@ -90,23 +101,33 @@ def loss(model, batch, config):
     return error, {"size": predicted.detach().abs().mean()}
 
 
-def sample(model, config):
+def sample(model, config, data):
+    assert data.model is model  # what `data` returned is passed on
     assert not model.training and not torch.is_grad_enabled()
     model.student(torch.zeros(1, 6, device=model.calls.device))  # outside the loss: a shard could not do this
     return Image.new("RGB", (8, 8))
 
 
-def export(model, folder, config):
+def export(model, folder, config, data):
+    assert data.model is model
     folder.mkdir(parents=True, exist_ok=True)
     values = {name: p.cpu().tolist() for name, p in model.student.state_dict().items()}  # FSDP gives it shards
     (folder / "student.json").write_text(json.dumps(values))
 
 
-def processes(argv, output, world=1, limit=0, slow_disk=0.0):
-    """Start `world` processes that train the toy. `output`: file for what they print (the others: output-RANK).
+# Processes of its own ---------------------------------------------------------------------------------------------
+
+def start_toys(flags, output, **about):
+    """`start_training` of the toy."""
+    return start_training(["toy", *flags], output, **about)
+
+
+def start_training(argv, output, world=1, limit=0, slow_disk=0.0):
+    """Start `world` processes that run train.py with `argv`, as torchrun does; `finish` waits for them.
 
     They fork from a server that has torch loaded, so a start takes hundredths of a second, and a kill is a real one.
-    `limit`: largest file they may write, in bytes; `slow_disk`: seconds that each flush to the disk takes.
+    output: file for what they print; the others write to output-RANK. limit: largest file they may write, in bytes.
+    slow_disk: seconds that each flush to the disk takes.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["toy_recipe"])
@@ -115,16 +136,18 @@ def processes(argv, output, world=1, limit=0, slow_disk=0.0):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    outputs = [output, *(f"{output}-{rank}" for rank in range(1, world))]
-    started = [context.Process(target=work, args=(list(map(str, argv)), said, rank, world, port, limit, slow_disk))
-               for rank, said in enumerate(outputs)]
-    for process in started:
+    argv = [str(word) for word in argv]
+    started = []
+    for rank in range(world):
+        own_output = f"{output}-{rank}" if rank else output
+        process = context.Process(target=work, args=(argv, own_output, rank, world, port, limit, slow_disk))
         process.start()
+        started.append(process)
     return started
 
 
 def work(argv, output, rank, world, port, limit, slow_disk):
-    """What one of the `processes` does."""
+    """What one of the processes does."""
     import resource
     torch.set_num_threads(1)  # sums in another order are not bitwise equal
     if world > 1:
@@ -137,7 +160,7 @@ def work(argv, output, rank, world, port, limit, slow_disk):
         os.fsync = lambda descriptor: (time.sleep(slow_disk), fsync(descriptor))
     with open(output, "w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
-            code = train.main(["toy", *argv])
+            code = train.main(argv)
         except Exception:  # e.g. the other process has been killed
             traceback.print_exc()
             code = 1

@@ -1,0 +1,98 @@
+"""FSDP2: weights, gradients, optimizer and average in shards, one per process.
+
+Whole weights exist only while their block computes. Parts that are not trained stay whole in every
+process, because `data` calls them outside of the training step.
+"""
+
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from minipic.common import InputError
+
+
+def check_fsdp():
+    """InputError where this version of PyTorch lacks what `shard` needs."""
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise InputError(
+            f"--fsdp needs PyTorch 2.8 or newer, and this is {torch.__version__}; "
+            "leave the flag out")
+
+
+def shard(module: nn.Module) -> nn.Module:
+    """Shard what is trained in a module over all processes, block by block. Returns the module."""
+    for name, param in module.named_parameters():
+        if param.requires_grad and param.ndim == 0:
+            raise InputError(
+                f"--fsdp cannot shard {name!r}, a single number; train this recipe without --fsdp")
+    device = next(module.parameters()).device.type
+    mesh = dist.init_device_mesh(device, (dist.get_world_size(),))
+    frozen = {param for param in module.parameters() if not param.requires_grad}
+    for block in [*blocks_to_shard(module, frozen), module]:
+        fully_shard(block, mesh=mesh, ignored_params=frozen)
+        # Gloo's average is a sum in PyTorch 2.8.
+        block.set_force_sum_reduction_for_comms(device == "cpu")
+    return module
+
+
+def blocks_to_shard(module: nn.Module, frozen: set) -> list[nn.Module]:
+    """The innermost entries of module lists: here each resnet and each transformer block."""
+    blocks = []
+    for parent in module.modules():
+        if not isinstance(parent, nn.ModuleList):
+            continue
+        for block in parent:
+            holds_blocks = any(isinstance(child, nn.ModuleList) for child in block.modules())
+            if not holds_blocks and set(block.parameters()) - frozen:
+                blocks.append(block)
+    return blocks
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor on the CPU. Where it is in shards, every process must ask for it."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.detach().cpu()
+
+
+def copy_into(target: torch.Tensor, value: torch.Tensor):
+    """Copy a whole CPU tensor into `target`, which may be in shards or on another device."""
+    if isinstance(target, DTensor):
+        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    target.copy_(value)
+
+
+@contextmanager
+def whole_parameters(model: nn.Module, params: dict, here: bool):
+    """Inside, one process has whole parameters in the place of its shards.
+
+    FSDP's hooks are off meanwhile, so this process can run and save the model without the others.
+    params: {name: parameter}.
+    here: whether this is the process; every process must enter, because whole parameters are
+        gathered from all of them.
+    """
+    shards = {name: param for name, param in params.items() if isinstance(param, DTensor)}
+    sharded_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    hooks = [(module._forward_pre_hooks, module._forward_hooks) for module in sharded_modules]
+
+    for name, param in shards.items():
+        whole = param.full_tensor()
+        if here:
+            set_parameter(model, name, nn.Parameter(whole, requires_grad=False))
+    for module in sharded_modules:
+        module._forward_pre_hooks, module._forward_hooks = {}, {}
+    yield
+    for module, (before, after) in zip(sharded_modules, hooks):
+        module._forward_pre_hooks, module._forward_hooks = before, after
+    for name, param in shards.items():
+        set_parameter(model, name, param)
+
+
+def set_parameter(model: nn.Module, name: str, param: nn.Parameter):
+    """Put a parameter in the place that `name` is the path of."""
+    path, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(path), attribute, param)
