@@ -1,178 +1,267 @@
-"""Trains every recipe with one loop, read from top to bottom.
+"""Trains every recipe and every paper with one loop, read from top to bottom.
 
-    python train.py --help                                     the recipes
-    python train.py vae --help                                 one recipe's settings
-    python train.py vae --steps 2000 --out runs/vae            train; stop with Ctrl-C, which saves first
-    python train.py vae --out runs/vae --resume latest         go on exactly where it stopped
-    torchrun --standalone --nproc_per_node=2 train.py vae      the same on two GPUs (or CPU processes); --fsdp shards
+    python train.py --help                    the recipes and the papers
+    python train.py vae --help                the settings of one
+    python train.py vae --steps 2000          train; Ctrl-C saves, then stops
+    python train.py vae --resume latest       go on exactly where it stopped
+    torchrun --standalone --nproc_per_node=2 train.py vae --fsdp
+                                              on two GPUs or CPU processes
 
-The run folder then holds log.jsonl, loss.png, samples/step-000500.png, checkpoints/step-000500/ and model/, the
-finished weights in the official layout. What a recipe must have is listed in minipic/methods/__init__.py.
+The run folder (runs/vae, or --out) then holds log.jsonl, loss.png, samples/, checkpoints/ and
+model/, the finished weights. What a recipe must have is listed in minipic/papers/__init__.py.
 """
 
 import dataclasses
 import importlib
 import sys
+import textwrap
 import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from minipic import checkpoint, training
-from minipic.common import InputError, computes_bf16, enough_memory, from_argv, random
-from minipic.image import loss_curve
-from minipic.weights import replacing, writable
+from minipic.common import InputError, computes_bf16, enough_memory, message_of, rng
+from minipic.figures import loss_curve
+from minipic.papers import PAPERS
+from minipic.training import checkpoint
+from minipic.training.flags import from_argv
+from minipic.training.optimizer import (
+    EMA, build_optimizer, clip_gradients, learning_rate, set_learning_rate)
+from minipic.training.processes import (
+    Loss, distribute, end_processes, gather_numbers, sample_indices, seed_everything,
+    start_processes, synchronize_gradients, wait_for_everyone)
+from minipic.training.run import (
+    Run, StopSignal, append_log, check_finite, start_log, whole_and_averaged)
+from minipic.weights.files import check_writable, replacing
 
-RECIPES = {name: f"minipic.methods.{name}"
-           for name in ("judge", "clip", "vae", "t2i", "dreambooth", "inversion", "controlnet", "edit",
-                        "onepic")}
+RECIPES = {
+    name: f"minipic.recipes.{name}" for name in (
+        "t2i", "dreambooth", "inversion", "controlnet", "edit", "clip", "vae", "judge")}
 
 
-def main(argv=None):
-    """Read the command line and train. Returns the exit code: 0 finished or stopped on request, 2 cannot go on."""
+def main(argv: list[str] | None = None) -> int:
+    """Read the command line and train.
+
+    Returns the exit code: 0 finished or stopped on request, 2 cannot go on.
+    """
     name, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    modules = RECIPES | PAPERS
     try:
         if name in ("-h", "--help"):
-            print(__doc__ + "\nRecipes:")
-            for name, module in RECIPES.items():
-                print(f"    {name:10} {importlib.import_module(module).__doc__.strip().splitlines()[0]}")
+            print_recipes()
             return 0
-        if name not in RECIPES:
-            raise InputError(f"unknown recipe {name!r}; the first word must be one of {', '.join(RECIPES)}")
-        recipe = importlib.import_module(RECIPES[name])
-        config = from_argv(recipe.Recipe, flags, f"train.py {name}")
-        out = config.out or f"runs/{name}"
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        config = dataclasses.replace(config, out=out, save=config.save or f"{out}/model",
-                                     precision=config.precision or ("bf16" if computes_bf16(device) else "fp32"))
-        with training.Stop() as stop, enough_memory("try a smaller --batch, a larger --accumulate, --checkpointing"):
+        if name not in modules:
+            raise InputError(
+                f"unknown recipe {name!r}; the first word must be one of {', '.join(modules)}")
+        recipe = importlib.import_module(modules[name])
+        config = fill_in_defaults(from_argv(recipe.Settings, flags, f"train.py {name}"), name)
+        remedy = "try a smaller --batch, a larger --gradient-accumulation, --gradient-checkpointing"
+        with StopSignal() as stop, enough_memory(remedy):
             train(name, recipe, config, stop)
+        return 0
     except InputError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        print(f"train.py: {message_of(error)}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, or a path that cannot be used
-        print(f"train.py: {error}; make room or choose another path, and go on with --resume latest", file=sys.stderr)
+        print(
+            f"train.py: {error}; make room or choose another path, and go on with "
+            "--resume latest", file=sys.stderr)
         return 2
     finally:
-        if dist.is_initialized() and dist.get_backend() == "nccl":  # taking Gloo's down can hang in PyTorch 2.6
-            dist.destroy_process_group()
-    return 0
+        end_processes()
 
 
-def train(name, recipe, config, stop):
-    """Train `recipe` (a module of minipic/methods) with the settings `config`; files go to config.out."""
-    rank, world, device = training.start_processes(config)
-    settings, say = {"recipe": name, **dataclasses.asdict(config)}, print if rank == 0 else lambda line: None
-    say("\n".join(f"{key:14} {value}" for key, value in {**settings, "device": device, "processes": world}.items()))
+def print_recipes():
+    """The recipes and the papers, each with the first line of its file."""
+    print(__doc__)
+    for title, modules in (("Recipes", RECIPES), ("Papers", PAPERS)):
+        print(f"{title}:")
+        for name, module in modules.items():
+            first_line = importlib.import_module(module).__doc__.strip().splitlines()[0]
+            label = f"    {name:12}"
+            indent = " " * len(label)
+            print(textwrap.fill(first_line, 80, initial_indent=label, subsequent_indent=indent))
 
-    if source := checkpoint.choose(config.resume, Path(config.out, "checkpoints"), say):
-        checkpoint.check(source, settings)
-    for flag in ("out", "save"):  # not found out after minutes of preparing data, or hours of training
-        writable(f"--{flag} {settings[flag]}", settings[flag])
-    run, batch_of = build(recipe, config, device)
-    say(f"training {sum(p.numel() for p in run.params.values()):,} of "
-        f"{sum(p.numel() for p in run.model.parameters()):,} weights")
+
+def fill_in_defaults(config, name: str):
+    """The settings with what was left empty: the folders, and the precision fast on this device."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out = config.out or f"runs/{name}"
+    save = config.save or f"{out}/model"
+    precision = config.precision or ("bf16" if computes_bf16(device) else "fp32")
+    return dataclasses.replace(config, out=out, save=save, precision=precision)
+
+
+def train(name: str, recipe, config, stop: StopSignal):
+    """Train `recipe`, a module of minipic/recipes or minipic/papers, with the settings `config`."""
+    rank, world_size, device = start_processes(config)
+    say = print if rank == 0 else do_not_print
+    settings = {"recipe": name, **dataclasses.asdict(config)}
+    for key, value in {**settings, "device": device, "processes": world_size}.items():
+        say(f"{key:22} {value}")
+
+    # Check the folders before minutes of preparing data.
+    source = checkpoint.find_checkpoint(config.resume, Path(config.out, "checkpoints"), say)
+    if source:
+        checkpoint.check_settings(source, settings)
+    check_writable(f"--out {config.out}", config.out)
+    check_writable(f"--save {config.save}", config.save)
+
+    run, data = build(recipe, config, device)
+    trained = sum(param.numel() for param in run.params.values())
+    total = sum(param.numel() for param in run.model.parameters())
+    say(f"training {trained:,} of {total:,} weights")
     start, rows = resume(run, config, source, rank, say)
 
-    saved, logged, clock = start, start, time.perf_counter()
-    bar = tqdm(range(start, config.steps), name, initial=start, total=config.steps, disable=rank > 0,
-               mininterval=0.2 if sys.stderr.isatty() else 10)  # seconds; a log file needs fewer lines
+    saved = logged = start
+    logged_at = time.perf_counter()
+    seconds = 0.2 if sys.stderr.isatty() else 10  # between updates of the bar; few in a log file
+    bar = tqdm(
+        range(start, config.steps), name, initial=start, total=config.steps, disable=rank > 0,
+        mininterval=seconds)
     for step in bar:
-        rate, numbers = training.learning_rate(config, step), []
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate * group["times"]
+        lr = learning_rate(config, step)
+        set_learning_rate(run.optimizer, lr)
 
-        for micro, indices in enumerate(training.share(config, step, rank, world)):
-            batch = {key: value.to(device) if torch.is_tensor(value) else value
-                     for key, value in batch_of(step, indices).items()}
-            training.seed(random(config.seed, "loss", indices[0]).initial_seed(), device)  # for dropout and the like
-            training.synchronize(run, micro == config.accumulate - 1)
+        # Forward and backward, in parts that fit into memory.
+        numbers = []  # for each micro-batch [loss, values to log]
+        for micro, indices in enumerate(sample_indices(config, step, rank, world_size)):
+            batch = to_device(data.batch(step, indices), device)
+            # Seeded by the first sample's number, so that dropout is the same after a resume.
+            seed_everything(rng(config.seed, "loss", indices[0]).initial_seed(), device)
+            synchronize_gradients(run.loss, on=micro == config.gradient_accumulation - 1)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, extra = run.loss(batch)
-            (loss / config.accumulate).backward()
-            numbers.append([loss, *extra.values()])
+                loss, logged_values = run.loss(batch)
+            (loss / config.gradient_accumulation).backward()
+            numbers.append([loss, *logged_values.values()])
+            columns = ["loss", *logged_values]  # the same names in every micro-batch
 
-        norm, table = training.clip(run, config.clip), training.gather(numbers, rank, world, device)
-        training.refuse_nan(config, step, table, norm, saved)
+        # Step.
+        gradient_norm = clip_gradients(run.params, config.max_grad_norm)
+        # [processes, micro-batches, numbers]; the loss is the first number.
+        table = gather_numbers(numbers, rank, world_size, device)
+        check_finite(config, step, table[:, :, 0], gradient_norm, saved)
         run.optimizer.step()
         run.optimizer.zero_grad()
         run.ema.update(step)
 
-        done, last = step + 1, step + 1 == config.steps
-        if rank == 0 and (done % config.log_every == 0 or last):
-            now, means = time.perf_counter(), dict(zip(["loss", *extra], table.mean((0, 1)).tolist()))
-            training.log(config, rows, {"step": done, **means, "lr": rate, "gradient_norm": norm,
-                                        "samples_per_s": round((done - logged) * config.batch / (now - clock), 1)})
+        # Log, save, draw.
+        done = step + 1
+        is_last = done == config.steps
+        if rank == 0 and (done % config.log_every == 0 or is_last):
+            now = time.perf_counter()
+            means = dict(zip(columns, table.mean((0, 1)).tolist()))
+            speed = round((done - logged) * config.batch / (now - logged_at), 1)
+            row = {
+                "step": done, **means, "lr": lr, "gradient_norm": gradient_norm,
+                "samples_per_s": speed}
+            append_log(config.out, rows, row)
             bar.set_postfix(loss=f"{means['loss']:.4g}", refresh=False)
-            logged, clock = done, now
-        stopped = training.gather([[bool(stop.signal)]], rank, world, device).any() and not last
-        if done % config.save_every == 0 or last or stopped:
+            logged, logged_at = done, now
+        is_asked_to_stop = gather_numbers([[bool(stop.name)]], rank, world_size, device).any()
+        stopped = is_asked_to_stop and not is_last
+        if done % config.save_every == 0 or is_last or stopped:
             save(run, done, settings, rank)
             saved = done
         if stopped:
             bar.close()
-            return say(f"stopped by {stop.signal or 'a signal'} after step {done}, saved; go on with --resume latest")
-        if config.sample_every and (done % config.sample_every == 0 or last):
-            draw(recipe, run, done, config, rows, rank)
+            reason = stop.name or "a signal"
+            say(f"stopped by {reason} after step {done}, saved; go on with --resume latest")
+            return
+        if config.sample_every and (done % config.sample_every == 0 or is_last):
+            draw(recipe, run, done, config, data, rows, rank)
 
-    with training.finished(run):
+    with whole_and_averaged(run):
         if rank == 0:
-            recipe.export(run.model, Path(config.save), config)
+            recipe.export(run.model, Path(config.save), config, data)
     say(f"finished weights: {config.save}")
 
 
-def build(recipe, config, device):
-    """Model, optimizer, average and data of a recipe. Returns (training.Run, its function of step and indices)."""
-    training.seed(config.seed, device)
+def do_not_print(line: str):
+    """Only the first of several processes prints."""
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """The tensors of a batch on the device; the rest as it is."""
+    moved = {}
+    for key, value in batch.items():
+        moved[key] = value.to(device) if torch.is_tensor(value) else value
+    return moved
+
+
+def build(recipe, config, device: torch.device):
+    """Model, optimizer, average and data of a recipe. Returns (Run, data)."""
+    seed_everything(config.seed, device)
     model = recipe.build(config)
-    ids = {id(p) for p in recipe.setup(model, config)}
-    names = {name for name, p in model.named_parameters() if id(p) in ids}
-    fast = config.precision == "bf16" and not config.fsdp  # see layouts.order; FSDP shards no other order
-    model.to(device, memory_format=torch.channels_last if fast else torch.preserve_format).train()
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in names)
-    able = [module for module in model.modules() if hasattr(module, "checkpointing")]
-    if config.checkpointing and not able:
-        raise InputError("--checkpointing: this recipe's model cannot recompute its activations; leave the flag out")
-    for module in able:
-        module.checkpointing = config.checkpointing
-    batch_of = recipe.data(model, config)
-    loss = training.distribute(training.Loss(model, recipe.loss, config), config)
-    params = {name: p for name, p in model.named_parameters() if name in names}  # sharding has replaced them
-    optimizer = training.optimizer_of(params, config, recipe.rates(config) if hasattr(recipe, "rates") else {})
-    return training.Run(model, loss, params, optimizer, training.EMA(params, config.ema)), batch_of
+    # `setup` returns the parameters to train; all others are frozen below.
+    trained = {id(param) for param in recipe.setup(model, config)}
+    names = {name for name, param in model.named_parameters() if id(param) in trained}
+
+    # Channels-last is the fast order for convolutions in 16 bits (see weights/parts.py). FSDP
+    # does not shard it.
+    memory_format = torch.preserve_format
+    if config.precision == "bf16" and not config.fsdp:
+        memory_format = torch.channels_last
+    model.to(device, memory_format=memory_format).train()
+    for name, param in model.named_parameters():
+        param.requires_grad_(name in names)
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+
+    data = recipe.data(model, config)
+    loss = distribute(Loss(model, recipe.loss, config), config)
+    # Sharding has replaced the parameters.
+    params = {name: param for name, param in model.named_parameters() if name in names}
+    lr_scale = recipe.lr_scale(config) if hasattr(recipe, "lr_scale") else {}
+    optimizer = build_optimizer(params, config, lr_scale)
+    return Run(model, loss, params, optimizer, EMA(params, config.ema)), data
 
 
-def resume(run, config, source, rank, say):
+def enable_gradient_checkpointing(model: torch.nn.Module):
+    """Recompute activations in the backward pass, in the networks of a model that can."""
+    networks = []
+    for module in model.modules():
+        if hasattr(module, "enable_gradient_checkpointing"):
+            networks.append(module)
+    if not networks:
+        raise InputError(
+            "--gradient-checkpointing: this recipe's model cannot recompute its activations; "
+            "leave the flag out")
+    for network in networks:
+        network.enable_gradient_checkpointing()
+
+
+def resume(run: Run, config, source: Path | None, rank: int, say):
     """Load the checkpoint `source`, if any. Returns (steps done, rows of the log so far)."""
-    folder, start = Path(config.out, "checkpoints"), checkpoint.load(source, run) if source else 0
+    folder = Path(config.out, "checkpoints")
+    start = checkpoint.load_checkpoint(source, run) if source else 0
     say(f"going on from {source}" if source else f"starting in {config.out}")
-    training.wait()  # others may still be reading what the first process tidies
+    wait_for_everyone()  # others may still be reading what the first process removes
     if rank > 0:
         return start, []
-    checkpoint.tidy(folder, config.keep, start)
-    return start, training.start_log(config, start)
+    checkpoint.remove_old(folder, config.keep, start)
+    return start, start_log(config.out, start)
 
 
-def save(run, done, settings, rank):
-    """Write a checkpoint, then remove those it makes superfluous."""
-    folder, state = Path(settings["out"], "checkpoints"), checkpoint.state_of(run)  # shards come from every process
+def save(run: Run, done: int, settings: dict, rank: int):
+    """Write a checkpoint, then remove those that it makes superfluous."""
+    folder = Path(settings["out"], "checkpoints")
+    state = checkpoint.run_state(run)  # shards come from every process
     if rank == 0:
-        checkpoint.write(folder, done, state, settings)
-        checkpoint.tidy(folder, settings["keep"], done)
+        checkpoint.write_checkpoint(folder, done, state, settings)
+        checkpoint.remove_old(folder, settings["keep"], done)
 
 
-def draw(recipe, run, done, config, rows, rank):
+def draw(recipe, run: Run, done: int, config, data, rows: list[dict], rank: int):
     """Draw the recipe's sample grid with the averaged weights, and the loss curve."""
-    with training.finished(run):
+    with whole_and_averaged(run):
         if rank == 0:
-            with replacing(Path(config.out, f"samples/step-{done:06d}.png")) as part:
-                recipe.sample(run.model, config).save(part)
+            with replacing(Path(config.out, f"samples/step-{done:06d}.png")) as temporary:
+                recipe.sample(run.model, config, data).save(temporary)
             if rows:
-                with replacing(Path(config.out, "loss.png")) as part:
-                    loss_curve(rows).save(part)
+                with replacing(Path(config.out, "loss.png")) as temporary:
+                    loss_curve(rows).save(temporary)
 
 
 if __name__ == "__main__":

@@ -1,341 +1,615 @@
-"""The pipeline: a prompt goes down through text, guidance, UNet and VAE and comes out as a picture.
+"""The pipeline: from a prompt through text encoders, guidance, UNet and VAE to a picture.
 
     pipeline = Pipeline.load("weights/tiny")
     pictures = pipeline.generate("a small red sphere left of a large blue cube", n=4)
 
-SDXL (arXiv 2307.01952): base, refiner, Turbo; Stable Diffusion 1.x and 2.x; image-to-image (2108.01073); inpainting by
-latent replacement (2201.09865) or with a UNet that sees the mask; ControlNet (2302.05543); edits by instruction
-(InstructPix2Pix, 2211.09800). The same seed gives the picture that diffusers gives.
+SDXL (arXiv 2307.01952): base, refiner, Turbo; Stable Diffusion 1.x and 2.x; image-to-image
+(2108.01073); inpainting by latent replacement (2201.09865) or with a UNet that sees the mask;
+ControlNet (2302.05543); edits by instruction (InstructPix2Pix, 2211.09800). The same seed gives
+the picture that diffusers gives.
 """
 
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+from PIL import Image
+from tqdm.auto import tqdm
 
-from minipic.adapters import TOKENIZERS, Adapters
-from minipic.common import InputError
-from minipic.diffusion.guidance import combine, rescale as rescale_to
-from minipic.diffusion.samplers import SAMPLERS, keep
-from minipic.diffusion.schedule import Schedule
-from minipic.image import cover, flatten, to_pictures, to_tensor, white
+from minipic.common import InputError, ParameterError, find_file
+from minipic.diffusion.guidance import combine, rescale
+from minipic.diffusion.samplers import SAMPLERS, keep_unmasked
+from minipic.diffusion.schedule import Grid, Schedule
+from minipic.draw_settings import DrawSettings, check_against_model
+from minipic.image import mask_to_tensor, resize_and_crop, to_pictures, to_rgb, to_tensor
+from minipic.kernels.cuda_graph import graph_helps, graphed
 from minipic.layers import lora
-from minipic.layers.graph import graphed, pays
-from minipic.layouts import blank, load_part, open_model, save_folder
-from minipic.text import Conditioning, encode, open_tokenizer, size_ids
+from minipic.text import Conditioning, encode_prompts, open_tokenizer, size_ids
+from minipic.weights.configs import config_to_json, read_config
+from minipic.weights.layouts import open_model, save_folder
+from minipic.weights.networks import TEXT_ENCODERS, TOKENIZER_OF, Networks, OnDisk
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-AT_ONCE = 1024 * 1024  # pixels in all; the VAE's activations are the largest there are: 0.5 GB each in fp32
-WHOLE = 2048 * 2048  # pixels; larger pictures are decoded in tiles: one activation at full size takes 2 to 4 GB in fp32
-AESTHETIC = (6.0, 2.5)  # what the refiner is told of the wanted and the unwanted picture, on a scale to 10 (diffusers)
+PIXELS_AT_ONCE = 1024 * 1024    # drawn or decoded together: 0.5 GB an activation of the VAE in fp32
+PIXELS_UNTILED = 2048 * 2048    # larger pictures are decoded in tiles
+AESTHETIC_SCORES = (2.5, 6.0)   # of 10, for the refiner: unwanted and wanted picture (diffusers)
 
 
-class Pipeline(Adapters):
-    """The networks, tokenizers and noise schedule of one model; `index` is its model_index.json.
+@dataclass
+class Stage:
+    """One model's share of the steps; a refiner takes the last ones."""
 
-    SDXL's refiner has no text_encoder, Stable Diffusion 1.x and 2.x have no text_encoder_2.
+    pipeline: "Pipeline"
+    grid: Grid
+    cond: Conditioning
+    uncond: Conditioning
+
+
+@dataclass
+class Drawing:
+    """What `Pipeline.prepare` has made ready for the first step: n pictures of one prompt."""
+
+    settings: DrawSettings
+    x: torch.Tensor                     # [n,4,h,w] at the first noise level
+    noise: "SeededNoise"                # for samplers that add some on their way
+    stages: list[Stage]
+    known: torch.Tensor | None = None   # the latent of `image`, where a part of it is kept
+    first_noise: torch.Tensor | None = None  # unit noise, from which x was made
+    extra: torch.Tensor | None = None   # what the UNet sees besides x, see `extra_channels`
+
+    def __len__(self):
+        return sum(len(stage.grid) for stage in self.stages)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One of the predictions that guidance combines in a step."""
+
+    text: Conditioning
+    weight: float = 0.0         # of its difference to the first prediction, see guidance.combine
+    sees_image: bool = True     # whether an editing UNet sees the picture to change
+
+
+class SeededNoise:
+    """Unit noise [n,C,h,w]. Row i has a generator of its own with seed + i, whatever n is.
+
+    The generators are on the CPU, as diffusers' by default: the noise is the same on every device.
+    Every call takes the next numbers of the generators.
     """
 
-    def __init__(self, unet, vae, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
-                 schedule=None, index=None):
-        super().__init__()
-        self.unet, self.vae, self.text_encoder, self.text_encoder_2 = unet, vae, text_encoder, text_encoder_2
-        self.tokenizer, self.tokenizer_2, self.schedule = tokenizer, tokenizer_2, schedule or Schedule()
-        self.sdxl = unet.config.addition_embed_type is not None
-        self.index = index or {"_class_name": "StableDiffusionXLPipeline" if self.sdxl else "StableDiffusionPipeline"}
-        self.lazy, self.texts = {}, {}  # filled only by load(lazy=True): parts still on disk, texts already encoded
+    def __init__(self, seed: int, n: int, shape: tuple, device: torch.device):
+        self.generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]
+        self.shape = shape
+        self.device = device
+
+    def __call__(self, step: int | None = None) -> torch.Tensor:
+        # A sampler names the step, for noise that depends on it. This noise only follows the order
+        # of the calls.
+        rows = [torch.randn(self.shape, generator=generator) for generator in self.generators]
+        return torch.stack(rows).to(self.device)
+
+
+class Pipeline(Networks):
+    """A model that draws: its networks and tokenizers, and its noise schedule.
+
+    index: its model_index.json.
+    """
+
+    def __init__(
+            self, unet, vae, text_encoder=None, text_encoder_2=None,
+            tokenizer=None, tokenizer_2=None,
+            schedule: Schedule | None = None, index: dict | None = None):
+        super().__init__(unet, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2)
+        self.schedule = schedule or Schedule()
+        self.is_sdxl = unet.config.addition_embed_type is not None
+        name = "StableDiffusionXLPipeline" if self.is_sdxl else "StableDiffusionPipeline"
+        self.index = index or {"_class_name": name}
+        # {(prompt, negative, changes): Conditionings}. When networks are read lazily, the text
+        # encoders are gone by the time a second batch of pictures needs these.
+        self.encoded = {}
 
     @classmethod
-    def load(cls, path, dtype=None, device=None, vae=None, lazy=False, check_hashes=False, lora=(), cast=False):
-        """A model from a diffusers folder or a single .safetensors file, whose tokenizers lie in folders beside it.
+    def load(
+            cls, path: str | Path, dtype: torch.dtype | None = None,
+            device: str | torch.device | None = None,
+            lora: str | Path | tuple | list = (), vae: str | Path | None = None,
+            lazy: bool = False, cast: bool = False) -> "Pipeline":
+        """A model from a diffusers folder, or from a .safetensors file beside its tokenizers.
 
-        `dtype` (default float32) and `device` (default CPU) of the networks; in float16 a VAE that would overflow stays
-        float32. `vae`: another VAE's folder or file. `lazy`: read each network when it is needed and free the text
-        encoders before the UNet. `check_hashes`: accept official files only. `lora`: a file, files, or pairs of (file,
-        scale), see `add_lora`. `cast`: in float32, large weights stay in the 16 bits of their file, in half the memory,
-        see layers/casting.py. Raises InputError naming what is wrong.
+        dtype: of the networks, float32 by default. In float16 a VAE that would overflow stays in
+            float32.
+        device: the CPU by default.
+        lora: a LoRA file, or a pair (file, scale), or a list of either. A file by itself has the
+            scale 1; see `add_lora`.
+        vae: the folder or file of another VAE.
+        lazy: read each network when it is needed, and give the text encoders' memory back before
+            the UNet is read.
+        cast: in float32, large weights stay in the 16 bits of their file, in half the memory
+            (kernels/casting.py).
+        Raises InputError naming what is wrong.
         """
-        dtype, path = dtype or torch.float32, Path(path)
+        path = find_file(path)
+        dtype = dtype or torch.float32
+        device = device or "cpu"
         if not isinstance(dtype, torch.dtype):
-            raise InputError(f"dtype {dtype!r}: give one of PyTorch's, such as torch.bfloat16")
-        source = open_model(path, half=dtype != torch.float32, check_hashes=check_hashes, vae=vae)
+            raise ParameterError("dtype", f"{dtype!r} is none of PyTorch's, such as torch.bfloat16")
+        source = open_model(path, half=dtype != torch.float32, vae=vae)
         parts = source.parts
-        if parts["vae"].config.latent_channels != parts["unet"].config.out_channels:
-            raise InputError(f"--vae {vae}: makes {parts['vae'].config.latent_channels} channels, the UNet of {path} "
-                             f"{parts['unet'].config.out_channels}")
-        tokenizers = {TOKENIZERS[name]: open_tokenizer(path, TOKENIZERS[name], part.config.vocab_size)
-                      for name, part in parts.items() if name in TOKENIZERS}
-        pipeline = cls(**{name: blank(part.model, part.config) for name, part in parts.items()}, **tokenizers,
-                       schedule=Schedule.from_json(source.scheduler, path / "scheduler" / "scheduler_config.json"),
-                       index=source.index)
-        overflows = dtype == torch.float16 and parts["vae"].config.force_upcast
-        pipeline.lazy = {name: (part, torch.float32 if name == "vae" and overflows else dtype, device or "cpu", cast)
-                         for name, part in parts.items()}
+        latent_channels = parts["vae"].config.latent_channels
+        channels = parts["unet"].config.out_channels
+        if latent_channels != channels:
+            raise ParameterError(
+                "vae", f"{vae} makes {latent_channels} channels, the UNet of {path} {channels}")
+
+        on_disk = {}
+        for name, part in parts.items():
+            overflows = name == "vae" and dtype == torch.float16 and part.config.force_upcast
+            on_disk[name] = OnDisk(part, torch.float32 if overflows else dtype, device, cast)
+        tokenizers = {}
+        for name in parts.keys() & TOKENIZER_OF.keys():
+            folder = TOKENIZER_OF[name]
+            tokenizers[folder] = open_tokenizer(path, folder, parts[name].config.vocab_size)
+        schedule_path = path / "scheduler" / "scheduler_config.json"
+        schedule = read_config(Schedule, source.scheduler, schedule_path)
+
+        # The networks have no numbers yet. `fetch` replaces each by one read from its `on_disk`.
+        empty_networks = {name: network.empty() for name, network in on_disk.items()}
+        pipeline = cls(**empty_networks, **tokenizers, schedule=schedule, index=source.index)
+        pipeline.on_disk = on_disk
         if not lazy:
             pipeline.fetch(*parts)
-            pipeline.lazy = {}
-        for file in [lora] if isinstance(lora, (str, Path)) else lora:
-            pipeline.add_lora(*(file if isinstance(file, tuple) else (file,)))
+            pipeline.on_disk = {}  # all are in memory, and stay there: `free` finds nothing to free
+        for file, scale in files_and_scales(lora):
+            pipeline.add_lora(file, scale)
         return pipeline
 
-    def fetch(self, *names):
-        """Read these parts from disk unless they are here."""
-        for name in names:
-            if name in self.lazy and next(getattr(self, name).parameters()).is_meta:
-                setattr(self, name, load_part(*self.lazy[name]))
-                self.apply_added(name)
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None):
+        """Write a diffusers folder that `load` and diffusers read.
 
-    def free(self, *names):
-        """Give back the memory of these parts, when they can be read again."""
-        for name in names:
-            if name in self.lazy:
-                setattr(self, name, blank(self.lazy[name][0].model, self.lazy[name][0].config))
-
-    def save(self, folder, dtype=None):
-        """Write a diffusers folder that `load` and diffusers read. `dtype`: the weights' on disk; None: as they are."""
+        dtype: of the weights there; None: as they are.
+        """
         if any(lora.layers(self)) or self.loras or self.words:
-            raise InputError(f"{folder}: this model has LoRAs or added words, which its files cannot hold; save those "
-                             "by themselves")
+            raise InputError(
+                f"{folder}: this model has LoRAs or added words, which its files cannot hold; "
+                "save those by themselves")
         self.fetch(*PARTS)
         parts = {name: getattr(self, name) for name in PARTS if getattr(self, name) is not None}
-        for name in parts.keys() & TOKENIZERS.keys():
-            getattr(self, TOKENIZERS[name]).save(Path(folder) / TOKENIZERS[name])
-        save_folder(folder, parts, self.index, self.schedule.to_json(), dtype)
+        for name in parts.keys() & TOKENIZER_OF.keys():
+            tokenizer = TOKENIZER_OF[name]
+            getattr(self, tokenizer).save(Path(folder) / tokenizer)
+        save_folder(folder, parts, self.index, config_to_json(self.schedule), dtype)
+
+    def __repr__(self):
+        width, height = self.size
+        name = self.index["_class_name"]
+        lines = [f"{name} on {self.device}, draws {width}x{height} pixels"]
+        for name, network in self.named_children():
+            weight = next(network.parameters())
+            count = sum(param.numel() for param in network.parameters())
+            place = "on disk" if weight.is_meta else str(weight.dtype).removeprefix("torch.")
+            lines.append(f"  {name}: {type(network).__name__}, {count:,} parameters, {place}")
+        lines.append(f"  schedule: {self.schedule.sampler}, {self.schedule.prediction_type}")
+        lines += [f"  LoRA {name} at {scale:g}" for name, (scale, _) in self.loras.items()]
+        lines += [f"  word {word}" for word in self.words]
+        return "\n".join(lines)
 
     @property
-    def towers(self):
-        """[(tokenizer, text encoder), ...] of the encoders this model has."""
-        return [(getattr(self, TOKENIZERS[part]), encoder) for part, encoder in self.encoders.items()]
-
-    @property
-    def size(self):
+    def size(self) -> tuple[int, int]:
         """(width, height) in pixels of the pictures that the UNet was trained for."""
-        return (self.unet.config.sample_size * self.vae.config.factor,) * 2
+        side = self.unet.config.sample_size * self.vae.config.factor
+        return side, side
 
     @property
-    def looks(self):
-        """What the UNet looks at beside x: "" nothing, "edit" the picture to change (InstructPix2Pix), "mask" where to
-        draw and the picture around it (inpainting)."""
-        latent = self.vae.config.latent_channels
-        return {latent: "", 2 * latent: "edit", 2 * latent + 1: "mask"}[self.unet.config.in_channels]
+    def extra_input(self) -> str:
+        """What the UNet sees besides x.
 
-    @torch.no_grad()
-    def encode(self, prompt, negative=None):
-        """(what is wanted, what is not): two Conditionings of one row, without sizes.
-
-        No negative prompt at all (None) is zeros where the model was trained so, as SDXL base was; "" is encoded.
+        "" nothing, "edit" the picture to change (InstructPix2Pix), "mask" the mask and the picture
+        around it (inpainting).
         """
-        if not isinstance(prompt, str):
-            raise InputError(f"prompt {prompt!r}: must be one text; call generate once for each prompt")
-        if (prompt, negative) not in self.texts:
-            self.fetch(*TOKENIZERS)
-            cond, uncond = (Conditioning(*encode([text or ""], self.towers, self.sdxl)) for text in (prompt, negative))
-            if negative is None and self.sdxl and self.index.get("force_zeros_for_empty_prompt", True):
-                uncond = Conditioning(*(torch.zeros_like(x) for x in cond[:2]))
-            if not self.lazy:
-                return cond, uncond
-            self.texts[prompt, negative] = cond, uncond
-        return self.texts[prompt, negative]
+        latent = self.vae.config.latent_channels
+        kinds = {latent: "", 2 * latent: "edit", 2 * latent + 1: "mask"}
+        return kinds[self.unet.config.in_channels]
 
-    def generate(self, prompt, negative=None, **settings):
-        """Draw `n` pictures of a prompt -> list of PIL pictures; picture i has seed + i. `settings`: see `steps`."""
-        for x in self.latents(prompt, negative, **settings):
+    # Drawing --------------------------------------------------------------------------------------
+
+    def generate(
+            self, prompt: str, negative: str | None = None, steps: int = 30, guidance: float = 5.0,
+            seed: int = 0, n: int = 1, size: tuple[int, int] | int | None = None,
+            sampler: str | None = None, image: Image.Image | None = None, strength: float = 0.75,
+            mask: Image.Image | None = None, control: tuple = (), edit: Image.Image | None = None,
+            image_guidance: float = 1.5, refiner: "Pipeline | None" = None,
+            high_noise_frac: float = 0.8, original_size: tuple[int, int] | None = None,
+            crop: tuple[int, int] = (0, 0), target_size: tuple[int, int] | None = None,
+            guidance_rescale: float = 0.0, graph: bool | None = None,
+            progress: bool | None = None) -> list[Image.Image]:
+        """Draw n pictures of a prompt.
+
+        prompt, negative: what to draw, and what not. No negative prompt (None) is not always the
+            empty one, see `encode`.
+        steps: from noise to picture.
+        guidance: how much to follow the prompt; 1 or less is off, as Turbo wants it.
+        seed: picture i has seed + i.
+        size: (width, height), multiples of 8; the model's own by default.
+        sampler: a name in samplers.SAMPLERS; the model's own by default.
+        image: a picture to start from, changed the more the higher `strength`, above 0 up to 1.
+        mask: white where to draw, black where to keep `image`; of the same size.
+        control: [(picture, scale), ...] for the ControlNets in the order of `add_controlnet`:
+            edges, depth or the like, and how closely to follow them, 1 as trained, 0 not at all.
+        edit: a picture that the prompt says how to change, for a model trained to.
+        image_guidance: how much to keep of `edit`; 1 is off.
+        refiner: a second model, which takes over when only 1 - high_noise_frac of the noise
+            schedule is left.
+        original_size (width, height), crop (left, top), target_size: SDXL's micro-conditioning. The
+            picture is drawn as if it were cut at `crop` out of one of original_size.
+        guidance_rescale: 0 to 1, see diffusion/guidance.py.
+        graph: draw with CUDA graphs; by default where that is faster.
+        progress: show a progress bar; by default in a terminal or notebook.
+        Raises InputError naming the parameter that is wrong.
+        """
+        settings = DrawSettings(
+            prompt=prompt, negative=negative, steps=steps, guidance=guidance, seed=seed, n=n,
+            size=size, sampler=sampler, image=image, strength=strength, mask=mask, control=control,
+            edit=edit, image_guidance=image_guidance, refiner=refiner,
+            high_noise_frac=high_noise_frac, original_size=original_size, crop=crop,
+            target_size=target_size, guidance_rescale=guidance_rescale, graph=graph)
+        drawing = self.prepare(settings)
+        hidden = None if progress is None else not progress  # None: hidden without a terminal
+        for x, _ in tqdm(self.denoise(drawing), total=len(drawing), disable=hidden, leave=False):
             pass
         return self.decode(x)
 
-    def latents(self, prompt, negative=None, **settings):
-        """The same as a generator: x_t [n,4,h,w] after every step, of variance about 1. The last one is the picture."""
-        for x, _ in self.steps(prompt, negative, **settings):
+    def latents(
+            self, prompt: str, negative: str | None = None, steps: int = 30, guidance: float = 5.0,
+            seed: int = 0, n: int = 1, size: tuple[int, int] | int | None = None,
+            sampler: str | None = None, image: Image.Image | None = None, strength: float = 0.75,
+            mask: Image.Image | None = None, control: tuple = (), edit: Image.Image | None = None,
+            image_guidance: float = 1.5, refiner: "Pipeline | None" = None,
+            high_noise_frac: float = 0.8, original_size: tuple[int, int] | None = None,
+            crop: tuple[int, int] = (0, 0), target_size: tuple[int, int] | None = None,
+            guidance_rescale: float = 0.0, graph: bool | None = None) -> Iterator[torch.Tensor]:
+        """`generate` as a generator: x_t [n,4,h,w] after every step, of variance about 1.
+
+        `decode` the last one.
+        """
+        settings = DrawSettings(
+            prompt=prompt, negative=negative, steps=steps, guidance=guidance, seed=seed, n=n,
+            size=size, sampler=sampler, image=image, strength=strength, mask=mask, control=control,
+            edit=edit, image_guidance=image_guidance, refiner=refiner,
+            high_noise_frac=high_noise_frac, original_size=original_size, crop=crop,
+            target_size=target_size, guidance_rescale=guidance_rescale, graph=graph)
+        for x, _ in self.denoise(self.prepare(settings)):
             yield x
 
     @torch.no_grad()
-    def steps(self, prompt, negative=None, steps=30, guidance=5.0, seed=0, n=1, size=None, sampler=None, image=None,
-              strength=0.75, mask=None, original_size=None, crop=(0, 0), target_size=None, rescale=0.0,
-              refiner=None, handover=0.8, control=(), edit=None, image_guidance=1.5, graph=None):
-        """Yield (x_t, predicted x0), each [n,4,h,w], after every step; `decode` makes pictures of either.
+    def encode(self, prompt: str, negative: str | None = None) -> tuple[Conditioning, Conditioning]:
+        """(what is wanted, what is not): two Conditionings of one row, without sizes.
 
-        guidance: 1 or less is off (Turbo); rescale: see diffusion/guidance.py. size: (width, height), multiples of 8.
-        sampler: a name in SAMPLERS, the model's own by default. image: a PIL picture to start from, changed the more
-        the higher `strength` (0 to 1); mask: a PIL picture of the same size, white where to draw and black where to
-        keep `image`. original_size, crop (left, top) and target_size are SDXL's micro-conditioning: the picture is
-        drawn as if cut out of one of that size. refiner: a Pipeline that takes the last 1 - handover of the schedule.
-        control: for each ControlNet, in the order of `add_control`, a PIL picture of edges, depth or the like to follow
-        and how closely, 1 as trained, 0 not at all: [(picture, scale), ...]. edit: a PIL picture that the prompt says
-        how to change, for a model trained to; image_guidance: how much to keep of it, 1 is off. graph: draw with CUDA
-        graphs; None: where that `pays`.
+        No negative prompt at all (None) is zeros where the model was trained so, as SDXL base was;
+        "" is encoded.
         """
-        image, edit = (picture and flatten(picture) for picture in (image, edit))
-        control = [(flatten(picture), scale) for picture, scale in control]
-        size, sampler, grid = self.plan(steps, n, size, sampler, image, strength, mask, control, edit, image_guidance,
-                                        refiner, graph)
-        graph = pays(self.device) if graph is None else graph
-        text, factor, objective = self.encode(prompt, negative), self.vae.config.factor, self.schedule.objective
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]  # on the CPU: equal on every device
-        shape = (self.vae.config.latent_channels, size[1] // factor, size[0] // factor)
+        key = prompt, negative, self.changes
+        if key in self.encoded:
+            return self.encoded[key]
+        self.fetch(*TEXT_ENCODERS)
+        encoders = self.tokenizers_and_encoders
+        cond = Conditioning(*encode_prompts([prompt], encoders, self.is_sdxl))
+        uncond = Conditioning(*encode_prompts([negative or ""], encoders, self.is_sdxl))
+        zeros_if_none = self.is_sdxl and self.index.get("force_zeros_for_empty_prompt", True)
+        if negative is None and zeros_if_none:
+            uncond = Conditioning(torch.zeros_like(cond.context), torch.zeros_like(cond.pooled))
+        if self.on_disk:
+            self.encoded[key] = cond, uncond
+        return cond, uncond
 
-        def noise(step=None):
-            return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
+    def plan(self, settings: DrawSettings) -> tuple[DrawSettings, Grid]:
+        """The settings with size and sampler filled in, and the noise levels of the drawing.
 
-        pure, keeps = image is None or (mask and strength == 1), mask and self.looks != "mask"
-        known = self.encode_picture(to_tensor(cover(image, size)), noise) if keeps or not pure else None
-        start = noise()
-        beside = self.beside(size, edit, image, mask, noise)
-        x = grid.start * start if pure else objective.mix(known, start, grid.sigmas[0])
-        stages = [(self, grid, text)]
-        if refiner:
-            last = refiner.schedule.grid(steps, sampler)
-            stages = [(self, grid.part(end=handover), text),
-                      (refiner, last.part(start=handover), refiner.encode(prompt, negative))]
-        for pipeline, _, _ in stages:
-            pipeline.free(*TOKENIZERS)
-        for pipeline, grid, text in stages:
-            sizes = original_size or size, crop, target_size or size
-            follow = [(name, (to_tensor(cover(picture, size))[None] + 1) / 2, scale)
-                      for name, (picture, scale) in zip(self.controlnets, control) if scale and pipeline is self]
-            predict = pipeline.predictor(*text, sizes, n, guidance, rescale, follow,
-                                         beside if pipeline is self else None, image_guidance)
-            denoise = pipeline.schedule.objective.denoiser(graphed(predict) if graph else predict, grid)
-            drawing = SAMPLERS[sampler](denoise, x, grid.sigmas, noise)
-            if keeps:
-                drawn = latent_mask(white(mask, size), factor).to(x)
-                drawing = keep(drawing, objective.mix, known, start, drawn, grid.sigmas)
-            for i, (x, x0) in enumerate(drawing):
-                yield objective.scaled(x, grid.sigmas[i + 1]), x0
-            if refiner:
-                predict = denoise = drawing = None  # they hold the UNet's layers
+        Reads no weights. Raises ParameterError for what cannot be drawn with this model.
+        """
+        check_against_model(settings, self)
+        size = settings.size
+        if size is None:
+            given = [settings.image, settings.edit, *(picture for picture, _ in settings.control)]
+            first = next((picture for picture in given if picture is not None), None)
+            size = self.size if first is None else (first.width // 8 * 8, first.height // 8 * 8)
+        if any(side < 8 or side % 8 for side in size):
+            asked = "x".join(map(str, size))
+            raise ParameterError(
+                "size", f"{asked}: width and height must be multiples of 8, at least 8")
+        grid = self.schedule.grid(settings.steps, settings.sampler)
+        if settings.image is not None:
+            grid = grid.strength(settings.strength)
+        sampler = settings.sampler or self.schedule.sampler
+        return replace(settings, size=size, sampler=sampler), grid
+
+    @torch.no_grad()
+    def prepare(self, settings: DrawSettings) -> Drawing:
+        """Encode what is given, and draw the noise to start from."""
+        settings, grid = self.plan(settings)
+        cond, uncond = self.encode(settings.prompt, settings.negative)
+        width, height = settings.size
+        factor = self.vae.config.factor
+        shape = (self.vae.config.latent_channels, height // factor, width // factor)
+        noise = SeededNoise(settings.seed, settings.n, shape, self.device)
+
+        # Every noise() takes the next numbers of the generators. The order of these calls is that
+        # of diffusers and must stay: for the picture, for the first x, for the masked picture.
+        has_mask = settings.mask is not None
+        keeps_a_part = has_mask and self.extra_input != "mask"
+        from_noise = settings.image is None or (has_mask and settings.strength == 1)
+        known = None
+        if keeps_a_part or not from_noise:
+            image = to_tensor(resize_and_crop(settings.image, settings.size))
+            known = self.encode_picture(image, noise)
+        first_noise = noise()
+        if from_noise:
+            # grid.start: the standard deviation of the noise to start from
+            x = grid.start * first_noise
+        else:
+            x = self.schedule.objective.add_noise(known, first_noise, grid.sigmas[0])
+        extra = self.extra_channels(settings, noise)
+
+        stages = [self.stage(settings, grid, cond, uncond)]
+        if settings.refiner is not None:
+            stages = self.stages_with_refiner(settings, grid, cond, uncond)
+        for stage in stages:
+            stage.pipeline.free(*TEXT_ENCODERS)
+        if not keeps_a_part:
+            known = None
+        return Drawing(settings, x, noise, stages, known, first_noise, extra)
+
+    def stage(
+            self, settings: DrawSettings, grid: Grid,
+            cond: Conditioning, uncond: Conditioning) -> Stage:
+        """This model's share of a drawing. SDXL's Conditionings get their size ids."""
+        if self.is_sdxl:
+            original = settings.original_size or settings.size
+            target = settings.target_size or settings.size
+            negative_ids, positive_ids = self.negative_and_positive_size_ids(
+                original, settings.crop, target)
+            cond = cond._replace(size_ids=positive_ids)
+            uncond = uncond._replace(size_ids=negative_ids)
+        return Stage(self, grid, cond, uncond)
+
+    def stages_with_refiner(
+            self, settings: DrawSettings, grid: Grid,
+            cond: Conditioning, uncond: Conditioning) -> list[Stage]:
+        """The base model draws the first high_noise_frac of the schedule, the refiner the rest."""
+        refiner = settings.refiner
+        first = grid.part(end=settings.high_noise_frac)
+        refiner_grid = refiner.schedule.grid(settings.steps, settings.sampler)
+        last = refiner_grid.part(start=settings.high_noise_frac)
+        refiner_text = refiner.encode(settings.prompt, settings.negative)
+        return [
+            self.stage(settings, first, cond, uncond),
+            refiner.stage(settings, last, *refiner_text)]
+
+    def negative_and_positive_size_ids(
+            self, original: tuple[int, int], crop: tuple[int, int],
+            target: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Size ids [1,6] of what is not wanted and of what is wanted: SDXL base has the same.
+
+        The refiner's [1,5] end in an aesthetic score instead of the target size, a low and a high
+        one.
+        """
+        if self.takes_aesthetic_score:
+            negative_end, positive_end = AESTHETIC_SCORES
+        else:
+            negative_end = positive_end = target
+        negative = size_ids(original, crop, negative_end)
+        positive = size_ids(original, crop, positive_end)
+        return negative[None], positive[None]
+
+    @property
+    def takes_aesthetic_score(self) -> bool:
+        """Whether this is SDXL's refiner, whose UNet has room for five size ids instead of six."""
+        config = self.unet.config
+        pooled_width = self.text_encoder_2.config.projection_dim
+        size_ids_width = config.projection_class_embeddings_input_dim - pooled_width
+        return size_ids_width == 5 * config.addition_time_embed_dim
+
+    def extra_channels(self, settings: DrawSettings, noise: SeededNoise) -> torch.Tensor | None:
+        """What the UNet sees besides x, see `extra_input`.
+
+        Editing: the latent of `edit` [1,4,h,w], unscaled as diffusers has it. Inpainting: the mask
+        and the latent of the picture with grey in its place [n,5,h,w]. Else None.
+        """
+        if self.extra_input == "edit":
+            mean, _ = self.encode_moments(to_tensor(resize_and_crop(settings.edit, settings.size)))
+            return mean.to(self.device)
+        if self.extra_input == "mask":
+            mask = mask_to_tensor(settings.mask, settings.size)
+            image = to_tensor(resize_and_crop(settings.image, settings.size))
+            around = self.encode_picture(image * (1 - mask), noise)
+            mask = latent_mask(mask, self.vae.config.factor).to(around)
+            return torch.cat([mask.expand(len(around), -1, -1, -1), around], dim=1)
+        return None
+
+    @torch.no_grad()
+    def denoise(self, drawing: Drawing, network: Callable | None = None) -> Iterator[tuple]:
+        """Yield (x_t, predicted x0), each [n,4,h,w] and ready for `decode`, after every step.
+
+        Editing what is yielded does not change the drawing; a `network` can. (A flow's x is not a
+        copy: do not edit it in place.)
+        network: what predicts instead of the UNet; called as
+            network(x, t, context, pooled, size_ids, residuals), with the rows of `predictor`.
+        """
+        settings = drawing.settings
+        use_graph = graph_helps(self.device) if settings.graph is None else settings.graph
+        x = drawing.x
+        for stage in drawing.stages:
+            pipeline, sigmas = stage.pipeline, stage.grid.sigmas
+            objective = pipeline.schedule.objective
+            predict = pipeline.guided_network(drawing, stage, network)
+            if use_graph:
+                predict = graphed(predict)
+            denoiser = objective.denoiser(predict, stage.grid)
+            states = SAMPLERS[settings.sampler](denoiser, x, sigmas, drawing.noise)
+            if drawing.known is not None:
+                mask = mask_to_tensor(settings.mask, settings.size)
+                mask = latent_mask(mask, self.vae.config.factor).to(x)
+                states = keep_unmasked(
+                    states, objective.add_noise, drawing.known, drawing.first_noise, mask,
+                    sigmas)
+            for i, (x, x0) in enumerate(states):
+                # diffusers' latents have a variance of about 1, also between the steps, and the VAE
+                # decodes such. At sigma 0, after the last step, network_input changes nothing.
+                yield objective.network_input(x, sigmas[i + 1]), x0
+            if settings.refiner is not None:
+                predict = denoiser = states = None  # they hold the UNet's layers
                 pipeline.free("unet", *pipeline.controlnets)
 
-    def plan(self, steps=30, n=1, size=None, sampler=None, image=None, strength=0.75, mask=None, control=(), edit=None,
-             image_guidance=1.5, refiner=None, graph=None):
-        """(size, sampler, Grid) of a drawing; InputError, naming sample.py's flag, for what cannot be drawn."""
-        if sampler is not None and sampler not in SAMPLERS:
-            raise InputError(f"--sampler {sampler}: unknown; choose one of {', '.join(SAMPLERS)}")
-        if n < 1:
-            raise InputError(f"--n {n}: choose 1 or more pictures")
-        if mask and not image:
-            raise InputError("--mask: needs --image, the picture to keep where the mask is black")
-        if mask and mask.size != image.size:
-            raise InputError("--mask has {}x{} pixels and --image {}x{}; make both the same size".format(
-                *mask.size, *image.size))
-        if control and not self.controlnets:
-            raise InputError("--control: needs --controlnet, the ControlNet that was trained on such pictures")
-        if control and len(control) != len(self.controlnets):
-            raise InputError(f"--control: {len(control)} for {len(self.controlnets)} ControlNets; give one for each")
-        for _, scale in control:
-            if not 0 <= scale < math.inf:
-                raise InputError(f"--control-scale {scale}: choose 0 (off) to about 2; 1 is as trained")
-        if edit and self.looks != "edit":
-            raise InputError("--edit: this model was not trained to edit pictures; train.py edit makes one that is")
-        if self.looks == "edit" and not edit:
-            raise InputError("this model edits pictures; name one with --edit, and say in the prompt what to change")
-        if self.looks == "mask" and not mask:
-            raise InputError("this model fills in parts of pictures; name one with --image, and the part with --mask")
-        if not 0 <= image_guidance < math.inf:
-            raise InputError(f"--image-guidance {image_guidance}: choose 1 (off) to about 2")
-        if graph and self.device.type != "cuda":
-            raise InputError(f"--graph: is for NVIDIA's GPUs, and this draws on {self.device.type}; leave it out")
-        if refiner and refiner.looks:
-            raise InputError("--refiner: its UNet sees a picture beside the one that it draws; use an ordinary model")
-        size = (size, size) if isinstance(size, int) else size  # a square
-        if size is None:
-            shown = image or edit or (control[0][0] if control else None)
-            size = tuple(side // 8 * 8 for side in shown.size) if shown else self.size
-        if any(side < 8 or side % 8 for side in size):
-            raise InputError(f"--size {'x'.join(map(str, size))}: width and height must be multiples of 8, at least 8")
-        grid = self.schedule.grid(steps, sampler)
-        return size, sampler or self.schedule.sampler, grid.strength(strength) if image else grid
+    def guided_network(
+            self, drawing: Drawing, stage: Stage, network: Callable | None = None) -> Callable:
+        """The function predict(x, t) that the sampler calls in this stage of a drawing.
 
-    def predictor(self, cond, uncond, sizes, n, guidance, rescale=0.0, follow=(), beside=None, image_guidance=1.0):
-        """The network with text and guidance inside: a function predict(x, t).
-
-        cond, uncond: Conditionings of a row a prompt, drawn n times each; sizes: (original, crop, target). Guidance
-        runs both in one batch. follow: [(ControlNet's name, hint [1,3,H,W], scale), ...]; what they say is added.
-        beside: see there; with a picture to edit there are two guidances, arXiv 2211.09800 equation 3.
+        It looks up what the drawing asks for: which branches, which ControlNets, which extra
+        channels. `predictor` makes the function of them.
         """
-        self.fetch("unet", *(name for name, *_ in follow))
-        guidance, image_guidance, like = max(guidance, 1), max(image_guidance, 1), next(self.unet.parameters())
-        rows, weights, shown = [cond], [], [1]  # shown: whether a row sees what is beside x
-        if self.looks == "edit" and max(guidance, image_guidance) > 1:
-            rows, weights, shown = [uncond, uncond, cond], [image_guidance - guidance, guidance], [0, 1, 1]
-        elif guidance > 1:
-            rows, weights, shown = [uncond, cond], [guidance], [1, 1]
-        context, pooled = (None if x[0] is None else torch.cat(x).to(like).repeat_interleave(n, dim=0)
-                           for x in list(zip(*rows))[:2])
-        count = n * len(cond.context)
-        read = self.unet.read(context)
-        ids = self.size_rows(*sizes)[[int(row is cond) for row in rows]] if self.sdxl else None
-        ids = ids.to(like.device).repeat_interleave(count, dim=0) if self.sdxl else None
-        if beside is not None:
-            beside = torch.cat([share * beside.expand(count, -1, -1, -1) for share in shown]).to(like)
-        nets = [(net := getattr(self, name), net.read(context), hint.to(like), scale) for name, hint, scale in follow]
+        settings = drawing.settings
+        branches = self.guidance_branches(stage, settings)
+        # ControlNets and extra channels are the first model's. A refiner has none.
+        controls, extra = [], None
+        if stage is drawing.stages[0]:
+            extra = drawing.extra
+            for name, (picture, scale) in zip(self.controlnets, settings.control):
+                if scale:
+                    picture = to_tensor(resize_and_crop(picture, settings.size))
+                    controls.append((name, (picture[None] + 1) / 2, scale))
+        n = len(drawing.x)
+        return self.predictor(branches, n, settings.guidance_rescale, controls, extra, network)
+
+    def guidance_branches(self, stage: Stage, settings: DrawSettings) -> list[Branch]:
+        """The predictions that a step combines; weights as in `guidance.combine`."""
+        guidance = max(settings.guidance, 1.0)
+        image_guidance = max(settings.image_guidance, 1.0)
+        if self.extra_input == "edit" and max(guidance, image_guidance) > 1:
+            # arXiv 2211.09800 equation 3: e00 + sI (eI0 - e00) + sT (eIT - eI0). Its predictions
+            # are e00 without picture and text, eI0 with the picture, eIT with both; sI is the image
+            # guidance, sT the guidance. Written as differences from e00, the weight of eI0 - e00 is
+            # sI - sT and that of eIT - e00 is sT.
+            return [
+                Branch(stage.uncond, sees_image=False),
+                Branch(stage.uncond, image_guidance - guidance),
+                Branch(stage.cond, guidance)]
+        if guidance > 1:
+            return [Branch(stage.uncond), Branch(stage.cond, guidance)]
+        return [Branch(stage.cond)]
+
+    def predictor(
+            self, branches: list[Branch], n: int, guidance_rescale: float = 0.0, controls=(),
+            extra: torch.Tensor | None = None, network: Callable | None = None) -> Callable:
+        """Make predict(x, t): it runs all branches as one batch through the network, and combines.
+
+        It knows no settings: everything that it needs is a parameter. Whatever is the same in every
+        step is computed here, once.
+
+        n: the rows of x for each row of a branch's text.
+        controls: [(name of a ControlNet, what it follows [.,3,H,W] in 0..1, scale), ...].
+        extra: what the UNet sees besides x.
+        network: what predicts instead of the UNet.
+        """
+        self.fetch("unet", *(name for name, _, _ in controls))
+        network = network or self.unet
+        weight = next(self.unet.parameters())
+
+        # The order of the rows: all n pictures of branch 0, then all n of branch 1, and so on.
+        def rows(tensors):
+            """One row for each picture and branch; None where the model has none of them."""
+            if tensors[0] is None:
+                return None
+            return torch.cat(tensors).to(weight.device).repeat_interleave(n, dim=0)
+
+        context = rows([branch.text.context for branch in branches]).to(weight)
+        pooled = rows([branch.text.pooled for branch in branches])
+        if pooled is not None:
+            pooled = pooled.to(weight)
+        ids = rows([branch.text.size_ids for branch in branches])
+        text_kv = self.unet.text_keys_values(context)  # keys and values, the same in every step
+        if extra is not None:
+            extra = extra.expand(len(context) // len(branches), -1, -1, -1)
+            hidden = torch.zeros_like(extra)
+            shown = [extra if branch.sees_image else hidden for branch in branches]
+            extra = torch.cat(shown).to(weight)
+        active_controlnets = []
+        for name, hint, scale in controls:
+            controlnet = getattr(self, name)
+            control_kv = controlnet.text_keys_values(context)
+            active_controlnets.append((controlnet, control_kv, hint.to(weight), scale))
 
         def predict(x, t):
-            both = torch.cat([x] * len(rows)).to(like.dtype)
-            told = [net(both, t, heard, hint, pooled, ids, scale) for net, heard, hint, scale in nets]
-            told = [sum(residuals) for residuals in zip(*told)] or None
-            seen = both if beside is None else torch.cat([both, beside], dim=1)
-            prediction = self.unet(seen, t, read, pooled, ids, told).to(x.dtype)
-            without, *others = prediction.chunk(len(rows))
+            inputs = torch.cat([x] * len(branches)).to(weight.dtype)
+            residuals = None
+            for controlnet, control_kv, hint, scale in active_controlnets:
+                more = controlnet(inputs, t, control_kv, hint, pooled, ids, scale)
+                if residuals is None:
+                    residuals = more
+                else:
+                    residuals = [a + b for a, b in zip(residuals, more)]
+            if extra is not None:
+                inputs = torch.cat([inputs, extra], dim=1)
+            prediction = network(inputs, t, text_kv, pooled, ids, residuals)
+            first, *others = prediction.to(x.dtype).chunk(len(branches))
             if not others:
-                return prediction
-            prediction = combine(without, list(zip(weights, others)))
-            return rescale_to(prediction, others[-1], rescale) if rescale else prediction
+                return first
+            weights = [branch.weight for branch in branches[1:]]
+            guided = combine(first, list(zip(weights, others)))
+            if guidance_rescale:
+                guided = rescale(guided, others[-1], guidance_rescale)
+            return guided
 
         return predict
 
-    def size_rows(self, original, crop, target):
-        """Size ids of the unwanted and the wanted picture [2,6]; the refiner's [2,5] end in the aesthetic score."""
-        config = self.unet.config
-        count = config.projection_class_embeddings_input_dim - self.text_encoder_2.config.projection_dim
-        scores = AESTHETIC[::-1] if count == 5 * config.addition_time_embed_dim else (target, target)
-        return torch.stack([size_ids(original, crop, score) for score in scores])
+    # Pictures and latents -------------------------------------------------------------------------
 
-    def beside(self, size, edit, image, mask, noise):
-        """What the UNet sees beside x: the latent of `edit` [1,4,h,w], unscaled as diffusers has it; or the mask and
-        the latent of the picture with grey in its place [n,5,h,w]; or None."""
-        if self.looks == "edit":
-            return self.moments(to_tensor(cover(edit, size)))[0].to(self.device)
-        if self.looks == "mask":
-            drawn = white(mask, size)
-            around = self.encode_picture(to_tensor(cover(image, size)) * (1 - drawn), noise)
-            drawn = latent_mask(drawn, self.vae.config.factor).to(around).expand(len(around), -1, -1, -1)
-            return torch.cat([drawn, around], dim=1)
-
-    def moments(self, image):
-        """image [3,H,W] in [-1,1] -> mean and standard deviation of its latent, each [1,4,h,w], unscaled."""
+    def encode_moments(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """image [3,H,W] in [-1,1] -> mean and deviation of its latent, each [1,4,h,w], unscaled."""
         self.fetch("vae")
         mean, logvar = self.vae.encode(image[None].to(next(self.vae.parameters())))
         return mean.float(), (0.5 * logvar.float()).exp()
 
-    def encode_picture(self, image, noise):
-        """image [3,H,W] in [-1,1] -> scaled latents, a draw of the VAE's distribution for each row of noise()."""
-        mean, std = self.moments(image)
+    def encode_picture(self, image: torch.Tensor, noise: Callable) -> torch.Tensor:
+        """image [3,H,W] in [-1,1] -> scaled latents, a sample for each row of noise()."""
+        mean, std = self.encode_moments(image)
         return self.vae.scale(mean + std * noise().to(mean.device)).to(self.device)
 
     @torch.no_grad()
-    def decode(self, x):
+    def decode(self, x: torch.Tensor) -> list[Image.Image]:
         """Scaled latents [n,4,h,w] -> n PIL pictures."""
         self.fetch("vae")
-        like = next(self.vae.parameters())
-        size = x.shape[3] * self.vae.config.factor, x.shape[2] * self.vae.config.factor
-        decode = self.vae.decode if math.prod(size) <= WHOLE else self.vae.decode_tiles
-        images = torch.cat([decode(part) for part in self.vae.unscale(x).to(like).split(self.at_once(size))])
+        weight = next(self.vae.parameters())
+        width, height = x.shape[3] * self.vae.config.factor, x.shape[2] * self.vae.config.factor
+        decode = self.vae.decode
+        if width * height > PIXELS_UNTILED:
+            decode = self.vae.decode_tiles
+        chunks = self.vae.unscale(x).to(weight).split(self.pictures_at_once((width, height)))
+        images = torch.cat([decode(chunk) for chunk in chunks])
         if not images.isfinite().all():
-            raise InputError(f"the picture came out as NaN or infinity in {str(like.dtype).removeprefix('torch.')}; "
-                             "use --dtype bf16 or fp32")
+            dtype = str(weight.dtype).removeprefix("torch.")
+            raise ParameterError(
+                "dtype", f"the picture came out as NaN or infinity in {dtype}; use bf16 or fp32")
         return to_pictures(images)
 
-    def at_once(self, size):
-        """How many pictures of this size to draw or decode together, so that memory does not grow with their number."""
-        return max(1, AT_ONCE // (size[0] * size[1]))
-
-    @property
-    def device(self):
-        """Where drawing happens: the UNet's device, also while it is on disk."""
-        return torch.device(self.lazy["unet"][2]) if self.lazy else next(self.unet.parameters()).device
+    def pictures_at_once(self, size: tuple[int, int]) -> int:
+        """How many pictures of this size to draw or decode together, to bound the memory."""
+        return max(1, PIXELS_AT_ONCE // (size[0] * size[1]))
 
 
-def latent_mask(drawn, factor):
+def files_and_scales(lora: str | Path | tuple | list) -> list[tuple[str | Path, float]]:
+    """The `lora` of Pipeline.load as [(file, scale), ...]."""
+    is_file = isinstance(lora, (str, Path))
+    is_pair = isinstance(lora, tuple) and len(lora) == 2 and isinstance(lora[1], (int, float))
+    pairs = []
+    for item in [lora] if is_file or is_pair else lora:
+        file, scale = item if isinstance(item, tuple) else (item, 1.0)
+        pairs.append((file, scale))
+    return pairs
+
+
+def latent_mask(mask: torch.Tensor, factor: int) -> torch.Tensor:
     """[1,H,W] of 0 and 1 -> [1,1,h,w]. The nearest pixel decides for each latent pixel."""
-    return nn.functional.interpolate(drawn[None], size=(drawn.shape[1] // factor, drawn.shape[2] // factor))
+    size = mask.shape[1] // factor, mask.shape[2] // factor
+    return nn.functional.interpolate(mask[None], size=size)

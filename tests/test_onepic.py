@@ -1,164 +1,192 @@
-"""ONE-PIC: the identities that hold before any training, the recipe, and drawing from Python and the command line."""
+"""ONE-PIC: the identities that hold before any training, its batches, and how it draws."""
 
 import json
 import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import peers
 import pytest
 import tiny
 import torch
-from test_pipeline import mask, mine, picture
 
 import sample
 import train
-from minipic.common import InputError
+from minipic.common import InputError, ParameterError, rng
 from minipic.diffusion.schedule import Schedule
-from minipic.image import open_picture, read_settings, to_pictures, to_tensor, white
+from minipic.image import mask_to_tensor, open_picture, read_settings, resize_and_crop, to_pictures, to_tensor
 from minipic.layers import lora
-from minipic.methods import onepic, t2i
-from minipic.pipeline import Pipeline
-from minipic.weights import read_header, read_weights
+from minipic.papers import onepic
+from minipic.pipeline import DrawSettings, Pipeline
+from minipic.weights import read_weights, save_lora
+from minipic.weights.files import read_header
 from minipic.world.tasks import TASKS
-from tiny import PROMPT
+from tiny import PROMPT, mask, picture
 
-HOW = {visible: onepic.Context(visible, "two panels: another view | {text}", (64, 64))
-       for visible in ("clean", "noised")}
-
-
-def config_of(**settings):
-    return onepic.Recipe(**{"model": str(tiny.folder()), "precision": "fp32", "scenes": 6, "drop": 0.0, **settings})
+TRAINED_AS = {visible: onepic.TrainedAs(visible, "two panels: another view | {text}", (64, 64))
+              for visible in ("clean", "noised")}
+GREY = onepic.GREY / 127.5 - 1
 
 
-def canvases(count=3):
-    """x, known, noise [B,4,4,8], the mask of the right half [B,1,4,8] and timesteps."""
-    x, known, noise = (peers.numbers((count, 4, 4, 8), seed).float() for seed in (1, 2, 3))
-    return x, known, noise, torch.arange(8).ge(4).expand(count, 1, 4, 8), torch.tensor([1, 500, 999])[:count]
+def config_of(**settings) -> onepic.Settings:
+    defaults = dict(model=str(tiny.folder()), precision="fp32", scenes=6, caption_dropout=0.0)
+    return onepic.Settings(**(defaults | settings))
 
 
-# What the UNet sees, and what counts --------------------------------------------------------------------------------
+@torch.no_grad()
+def mean_latent(pipeline: Pipeline, images: torch.Tensor) -> torch.Tensor:
+    """images [B,3,H,W] -> the means of their latents, scaled [B,4,h,w]."""
+    mean, _ = pipeline.vae.encode(images)
+    return pipeline.vae.scale(mean)
+
+
+# What the UNet sees, and what counts --------------------------------------------------------------
+
+def canvases():
+    """x, known, noise [3,4,4,8], the mask of the right half [3,1,4,8] and timesteps [3]."""
+    x, known, noise = (peers.numbers((3, 4, 4, 8), seed).float() for seed in (1, 2, 3))
+    right = torch.arange(8).ge(4).expand(3, 1, 4, 8)
+    return x, known, noise, right, torch.tensor([1, 500, 999])
+
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_what_is_given_is_seen_clean_or_as_noisy_as_the_rest(prediction):
     objective = Schedule(prediction_type=prediction).objective
     x, known, noise, right, t = canvases()
-    for visible in HOW:  # all masked: an ordinary sample
-        assert torch.equal(onepic.fill(x, t, known, noise, torch.ones_like(right), visible, objective), x)
+    for visible in TRAINED_AS:  # all masked: an ordinary sample
+        view = onepic.network_view(x, t, known, noise, torch.ones_like(right), visible, objective)
+        assert torch.equal(view, x)
     for other in (noise, -noise):  # clean: bit for bit, whatever the noise and the time
-        seen = onepic.fill(x, t, known, other, right, "clean", objective)
-        assert torch.equal(seen[..., :4], known[..., :4]) and torch.equal(seen[..., 4:], x[..., 4:])
+        view = onepic.network_view(x, t, known, other, right, "clean", objective)
+        assert torch.equal(view[..., :4], known[..., :4]) and torch.equal(view[..., 4:], x[..., 4:])
+
     beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000).square()
-    abar = (1 - beta).cumprod(0)[t].view(-1, 1, 1, 1)
-    seen = onepic.fill(x, t, known, noise, right, "noised", objective)
-    wanted = abar.sqrt() * known + (1 - abar).sqrt() * noise
-    assert torch.allclose(seen[..., :4], wanted[..., :4], atol=1e-5) and torch.equal(seen[..., 4:], x[..., 4:])
-    one = onepic.fill(x[:1], t[1], known[:1], noise[:1], right[:1], "noised", objective)  # a scalar t, as in drawing
-    abar = (1 - beta).cumprod(0)[500]
-    assert torch.allclose(one[..., :4], (abar.sqrt() * known + (1 - abar).sqrt() * noise)[:1, ..., :4], atol=1e-5)
+    abar = (1 - beta).cumprod(0)
+    share = abar[t].view(-1, 1, 1, 1)
+    noised = share.sqrt() * known + (1 - share).sqrt() * noise
+    view = onepic.network_view(x, t, known, noise, right, "noised", objective)
+    assert torch.allclose(view[..., :4], noised[..., :4], atol=1e-5) and torch.equal(view[..., 4:], x[..., 4:])
+    # In drawing t is a scalar.
+    view = onepic.network_view(x[:1], t[1], known[:1], noise[:1], right[:1], "noised", objective)
+    noised = abar[500].sqrt() * known[:1] + (1 - abar[500]).sqrt() * noise[:1]
+    assert torch.allclose(view[..., :4], noised[..., :4], atol=1e-5)
 
 
 def test_the_masked_loss_is_the_mean_inside_and_has_no_gradient_outside():
     x0, answer, noise, right, t = canvases()
-    objective, answer = mine().schedule.objective, answer.requires_grad_()
+    objective = tiny.model().schedule.objective
+    answer.requires_grad_()
 
     def loss(where):
         return objective.loss(lambda x, t: answer, x0, noise, t, where=where)
-    inside, outside, every = loss(right), loss(~right), loss(None)
+
+    inside, outside, everywhere = loss(right), loss(~right), loss(None)
     assert torch.allclose(inside, (answer - noise)[..., 4:].square().flatten(1).mean(1))
-    assert torch.allclose(every, (inside + outside) / 2)  # both halves have as many numbers
-    assert torch.allclose(loss(torch.ones_like(right)), every)
+    assert torch.allclose(everywhere, (inside + outside) / 2)  # both halves have as many numbers
+    assert torch.allclose(loss(torch.ones_like(right)), everywhere)
     gradient, = torch.autograd.grad(inside.sum(), answer)
     assert (gradient[..., :4] == 0).all() and (gradient[..., 4:] != 0).all()
 
 
-@pytest.mark.parametrize("visible", HOW)
+@pytest.mark.parametrize("visible", TRAINED_AS)
 def test_noise_of_the_given_half_reaches_the_loss_only_if_it_is_seen(visible):
     config = config_of(visible=visible)
     pipeline = onepic.build(config)
     onepic.setup(pipeline, config)
-    batch = onepic.data(pipeline, config)(0, range(2))
+    batch = onepic.data(pipeline, config).batch(0, range(2))
     other = batch | {"noise": torch.where(batch["mask"], batch["noise"], -batch["noise"])}
-    same = torch.equal(onepic.loss(pipeline, batch, config), onepic.loss(pipeline, other, config))
-    assert same == (visible == "clean")
+    is_same = torch.equal(onepic.loss(pipeline, batch, config), onepic.loss(pipeline, other, config))
+    assert is_same == (visible == "clean")
 
 
-# Batches ------------------------------------------------------------------------------------------------------------
+# Batches ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("task", ["edit", "wear"])
 def test_batches_are_the_worlds_pairs_side_by_side(task):
     config = config_of(task=task)
     pipeline = onepic.build(config)
-    pipeline.vae.quant_conv.weight.data[4:], pipeline.vae.quant_conv.bias.data[4:] = 0, -30  # the mean itself
-    batch, pairs = onepic.data(pipeline, config)(0, range(5)), TASKS[task](0, range(6))
+    pipeline.vae.quant_conv.weight.data[4:] = 0  # no variance: x0 is the mean itself
+    pipeline.vae.quant_conv.bias.data[4:] = -30
+    batch = onepic.data(pipeline, config).batch(0, range(5))
+    pairs = TASKS[task](0, range(6))
     rows = batch["rows"]
     given = {"edit": "the picture before", "wear": "the garment"}[task]
     assert batch["captions"] == [f"two panels: {given} | {pairs.prompts[row]}" for row in rows]
     assert batch["size_ids"].tolist() == 5 * [[64, 128, 0, 0, 64, 128]]
 
-    def latent(images):
-        with torch.no_grad():
-            return pipeline.vae.scale(pipeline.vae.encode(images)[0])
     left, right = batch["known"].chunk(2, dim=3)
+    first, second = batch["x0"].chunk(2, dim=3)
     close = 0.03 * batch["x0"].abs().max()  # latents are encoded and kept in 16 bits
-    assert (left - latent(pairs.source[rows])).abs().max() < close
-    assert torch.equal(left, batch["x0"].chunk(2, dim=3)[0])
-    assert (batch["x0"].chunk(2, dim=3)[1] - latent(pairs.target[rows])).abs().max() < close
-    first, second = batch["mask"].chunk(2, dim=3)
-    assert not first.any()
+    assert (left - mean_latent(pipeline, pairs.source[rows])).abs().max() < close
+    assert torch.equal(left, first)
+    assert (second - mean_latent(pipeline, pairs.target[rows])).abs().max() < close
+
+    masked_left, masked_right = batch["mask"].chunk(2, dim=3)
+    assert not masked_left.any()
     if task == "edit":
-        assert second.all()
+        assert masked_right.all()
     else:  # all but the garment is given
         worn = pairs.truth["mask"][rows]
-        assert torch.equal(second, worn[..., 2::4, 2::4]) or torch.equal(second, worn[..., ::4, ::4])
-        assert 0.02 < second.float().mean() < 0.5
-        hidden = torch.where(worn, onepic.GREY / 127.5 - 1, pairs.target[rows])
-        assert (right - latent(hidden)).abs().max() < close
-    again = onepic.data(pipeline, config)(7, [3])
+        assert torch.equal(masked_right, worn[..., 2::4, 2::4]) or torch.equal(masked_right, worn[..., ::4, ::4])
+        assert 0.02 < masked_right.float().mean() < 0.5
+        hidden = torch.where(worn, GREY, pairs.target[rows])
+        assert (right - mean_latent(pipeline, hidden)).abs().max() < close
+    again = onepic.data(pipeline, config).batch(7, [3])
     assert torch.equal(again["noise"][0], batch["noise"][3]) and torch.equal(again["x0"][0], batch["x0"][3])
 
 
 def test_the_answer_does_not_leak_into_what_is_given(monkeypatch):
     config = config_of(task="wear")
-    pipeline, pairs_of = onepic.build(config), t2i.pairs_of
+    pipeline, world_pairs = onepic.build(config), onepic.world_pairs
 
-    def known(change):
-        monkeypatch.setattr(t2i, "pairs_of", lambda *given: [
-            replace(pair, image=torch.where(pair.mask, change(pair.image), pair.image)) for pair in pairs_of(*given)])
-        return onepic.data(pipeline, config)(0, range(4))
-    before, after = known(lambda image: image), known(lambda image: 255 - image)
+    def batch_with(change):
+        """A batch of pairs whose wanted picture is changed where it is to be drawn."""
+        def changed_pairs(*given):
+            return [replace(pair, image=torch.where(pair.mask, change(pair.image), pair.image))
+                    for pair in world_pairs(*given)]
+
+        monkeypatch.setattr(onepic, "world_pairs", changed_pairs)
+        return onepic.data(pipeline, config).batch(0, range(4))
+
+    before, after = batch_with(lambda image: image), batch_with(lambda image: 255 - image)
     assert torch.equal(before["known"], after["known"]) and not torch.equal(before["x0"], after["x0"])
-    whole = torch.cat([torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64)], dim=3)  # what happens encoded together
-    with torch.no_grad():
-        halves = [pipeline.vae.encode(x)[0][..., :16] for x in (whole, torch.cat([whole[..., :64], -whole[..., 64:]], 3))]
-    assert (halves[0] - halves[1]).abs().max() > 1e-3
+
+    # What would happen if both halves were encoded together: the left one depends on the right one.
+    black, white = torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64)
+    one = mean_latent(pipeline, torch.cat([black, white], dim=3))
+    other = mean_latent(pipeline, torch.cat([black, -white], dim=3))
+    assert (one - other)[..., :16].abs().max() > 1e-3
 
 
 def test_only_the_lora_learns_and_at_first_changes_no_bit():
     config = config_of()
     pipeline = onepic.build(config)
     torch.manual_seed(0)
-    params, batch = onepic.setup(pipeline, config), onepic.data(pipeline, config)(0, range(4))
+    params = onepic.setup(pipeline, config)
+    batch = onepic.data(pipeline, config).batch(0, range(4))
     first = onepic.loss(pipeline, batch, config)
     assert torch.equal(first, onepic.loss(Pipeline.load(config.model), batch, config))
     optimizer = torch.optim.AdamW(params, 3e-3)
     for _ in range(12):
         last = onepic.loss(pipeline, batch, config)
-        optimizer.zero_grad(), last.backward(), optimizer.step()
+        optimizer.zero_grad()
+        last.backward()
+        optimizer.step()
     assert last < 0.85 * first
-    assert {id(p) for p in pipeline.parameters() if p.grad is not None} == set(map(id, params))
-    assert sum(p.numel() for p in params) == 32 * sum(
-        len(module.weight) + module.weight[0].numel() for module in lora.layers(pipeline.unet).values())
+    assert {id(param) for param in pipeline.parameters() if param.grad is not None} == set(map(id, params))
+    widths = [len(layer.weight) + layer.weight[0].numel() for layer in lora.layers(pipeline.unet).values()]
+    assert sum(param.numel() for param in params) == 32 * sum(widths)
 
 
 @pytest.fixture
-def photos(tmp_path):
+def photos(tmp_path) -> Path:
     """Three pairs of photos, two wide ones and a square one, with masks."""
     for kind in ("target", "source", "mask"):
         (tmp_path / kind).mkdir()
     for i, size in enumerate(((96, 48), (96, 48), (80, 80))):
-        for kind in ("target", "source", "mask"):
-            image = mask() if kind == "mask" else picture(i + 5 * (kind == "target"))
-            image.resize(size).save(tmp_path / kind / f"{i}.png")
+        picture(i + 5).resize(size).save(tmp_path / "target" / f"{i}.png")
+        picture(i).resize(size).save(tmp_path / "source" / f"{i}.png")
+        mask().resize(size).save(tmp_path / "mask" / f"{i}.png")
         (tmp_path / "target" / f"{i}.txt").write_text(f"cube {i}")
     return tmp_path
 
@@ -169,219 +197,334 @@ def test_batches_of_a_folder(photos, masked):
         shutil.rmtree(photos / "mask")
     config = config_of(data=str(photos), prompt="a sketch | {text}")
     pipeline = onepic.build(config)
-    batch_of = onepic.data(pipeline, config)
-    assert pipeline.how == onepic.Context("clean", "a sketch | {text}", (80, 48)) and len(pipeline.examples) == 3
-    seen = set()
+    data = onepic.data(pipeline, config)
+    assert data.trained_as == onepic.TrainedAs("clean", "a sketch | {text}", (80, 48)) and len(data.examples) == 3
+    drawn_rows = set()
     for step in range(6):
-        batch = batch_of(step, range(3 * step, 3 * step + 3))
-        width, height = (80, 48) if 2 not in batch["rows"] else (64, 64)
+        batch = data.batch(step, range(3 * step, 3 * step + 3))
+        size = width, height = (64, 64) if 2 in batch["rows"] else (80, 48)
         assert batch["size_ids"].tolist() == 3 * [[height, 2 * width, 0, 0, height, 2 * width]]
         for k, row in enumerate(batch["rows"]):
-            seen.add(row)
-            target, source, part = (open_picture(photos / kind / f"{row}.png") if kind != "mask" or masked else None
-                                    for kind in ("target", "source", "mask"))
+            drawn_rows.add(row)
             assert batch["captions"][k] == f"a sketch | cube {row}"
-            target, source = (to_tensor(onepic.cover(x, (width, height))) for x in (target, source))
-            part = white(part, (width, height)).bool() if masked else torch.ones(1, height, width, dtype=torch.bool)
-            with torch.no_grad():
-                left, right = pipeline.vae.scale(pipeline.vae.encode(torch.stack(
-                    [source, torch.where(part, onepic.GREY / 127.5 - 1, target)]))[0])
-            known, where = batch["known"][k].chunk(2, dim=2), batch["mask"][k].chunk(2, dim=2)
-            assert (known[0] - left).abs().max() < 0.05 * left.abs().max()
-            assert not masked or (known[1] - right).abs().max() < 0.05 * right.abs().max()
-            assert not where[0].any() and torch.equal(where[1], onepic.latent_mask(part.float(), 4)[0].bool())
-    assert seen == {0, 1, 2}
+            target, source = (to_tensor(resize_and_crop(open_picture(photos / kind / f"{row}.png"), size))
+                              for kind in ("target", "source"))
+            part = torch.ones(1, height, width)
+            if masked:
+                part = mask_to_tensor(open_picture(photos / "mask" / f"{row}.png"), size)
+            hidden = torch.where(part.bool(), GREY, target)
+            left, right = mean_latent(pipeline, torch.stack([source, hidden]))
+            known_left, known_right = batch["known"][k].chunk(2, dim=2)
+            assert (known_left - left).abs().max() < 0.05 * left.abs().max()
+            assert not masked or (known_right - right).abs().max() < 0.05 * right.abs().max()
+            masked_left, masked_right = batch["mask"][k].chunk(2, dim=2)
+            assert not masked_left.any()
+            assert torch.equal(masked_right, onepic.latent_mask(part, 4)[0].bool())
+    assert drawn_rows == {0, 1, 2}
 
 
-# Drawing ------------------------------------------------------------------------------------------------------------
+# Drawing ------------------------------------------------------------------------------------------
 
-def drawn(how, pipeline=None, **settings):
-    """The last x of a drawing, and everything that the UNet saw."""
-    pipeline, seen = pipeline or Pipeline.load(tiny.folder()), []
-    source = settings.pop("source", picture(1))
+def drawn(trained_as: onepic.TrainedAs, pipeline: Pipeline | None = None, source=picture(1), **settings):
+    """The last latents of a drawing, and everything that the UNet saw."""
+    pipeline = pipeline or tiny.model()
+    settings = DrawSettings(PROMPT, **{"steps": 4, "n": 2, **settings})
+    latents, inputs = [], []
+
+    def on_step(x, x0):
+        latents.append(x)
+
+    pipeline.fetch("unet")
+    forward = pipeline.unet.forward
+
+    def watched_forward(x, *given):
+        inputs.append(x)
+        return forward(x, *given)
+
     with pytest.MonkeyPatch.context() as patch:
-        forward = pipeline.unet.forward
-        patch.setattr(pipeline.unet, "forward", lambda x, *told: seen.append(x) or forward(x, *told))
-        *_, (x, _) = onepic.steps(pipeline, PROMPT, source, how, **{"steps": 4, "n": 2, **settings})
-    return x, seen
+        patch.setattr(pipeline.unet, "forward", watched_forward)
+        pictures = onepic.draw(pipeline, trained_as, settings, [source], on_step=on_step)
+    assert [one.tobytes() for one in pictures] == [one.tobytes() for one in pipeline.decode(latents[-1])]
+    assert len(latents) == settings.steps
+    return latents[-1], inputs
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("visible", HOW)
+@pytest.mark.parametrize("visible", TRAINED_AS)
 def test_a_drawing_is_the_formula(visible):
-    """Euler's steps with guidance, written out: before every call of the UNet the given half is put in its place."""
-    found, seen = drawn(HOW[visible], seed=3)
-    pipeline = mine()
+    """Euler's steps with guidance, written out.
+
+    Before every call of the UNet the given half is put in its place.
+    """
+    found, inputs = drawn(TRAINED_AS[visible], seed=3)
+    pipeline = tiny.model()
     cond, uncond = pipeline.encode(f"two panels: another view | {PROMPT}")
-    context, pooled = (torch.cat([a, a, b, b]) for a, b in zip(uncond[:2], cond[:2]))
+    context = torch.cat([uncond.context, uncond.context, cond.context, cond.context])
+    pooled = torch.cat([uncond.pooled, uncond.pooled, cond.pooled, cond.pooled])
     ids = torch.tensor([[64.0, 128, 0, 0, 64, 128]] * 4)
-    z0 = pipeline.vae.scale(pipeline.vae.encode(to_tensor(picture(1))[None])[0])
+    z0 = mean_latent(pipeline, to_tensor(picture(1))[None])
     grid = pipeline.schedule.grid(4)
-    x = grid.start * torch.stack([torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(3 + i)) for i in (0, 1)])
-    noise = torch.stack([torch.randn(4, 16, 32, generator=onepic.random(3 + i, "given")) for i in (0, 1)])[..., :16]
+    start = [torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(3 + i)) for i in (0, 1)]
+    noise = [torch.randn(4, 16, 32, generator=rng(3 + i, "given")) for i in (0, 1)]
+    x = grid.start * torch.stack(start)
+    noise = torch.stack(noise)[..., :16]
     for i, (sigma, lower) in enumerate(zip(grid.sigmas, grid.sigmas[1:])):
-        shown = x / (sigma**2 + 1) ** 0.5
-        shown[..., :16] = z0 if visible == "clean" else (z0 + sigma * noise) / (sigma**2 + 1) ** 0.5
-        assert torch.allclose(seen[i], torch.cat([shown, shown]), atol=1e-5)
-        assert visible == "noised" or torch.equal(seen[i][:1, :, :, :16], z0)
-        without, told = pipeline.unet(torch.cat([shown, shown]), grid.timesteps[i], context, pooled, ids).chunk(2)
-        x = x + (lower - sigma) * (without + 5 * (told - without))
-    assert len(seen) == 4 and torch.allclose(found, x[..., 16:], atol=1e-4)
+        view = x / (sigma**2 + 1) ** 0.5
+        view[..., :16] = z0 if visible == "clean" else (z0 + sigma * noise) / (sigma**2 + 1) ** 0.5
+        assert torch.allclose(inputs[i], torch.cat([view, view]), atol=1e-5)
+        assert visible == "noised" or torch.equal(inputs[i][:1, :, :, :16], z0)
+        prediction = pipeline.unet(torch.cat([view, view]), grid.timesteps[i], context, pooled, ids)
+        without_text, with_text = prediction.chunk(2)
+        x = x + (lower - sigma) * (without_text + 5 * (with_text - without_text))
+    assert len(inputs) == 4 and torch.allclose(found, x[..., 16:], atol=1e-4)
 
 
-def test_what_is_given_of_the_target_comes_out_bit_for_bit():
-    pipeline, target = Pipeline.load(tiny.folder()), picture(2)
-    part = white(mask(), (64, 64)).bool()
-    hidden = torch.where(part, onepic.GREY / 127.5 - 1, to_tensor(target))
-    with torch.no_grad():
-        known = pipeline.vae.scale(pipeline.vae.encode(hidden[None])[0])
-    small = onepic.latent_mask(part.float(), 4).bool().expand(2, 4, -1, -1)
-    found, seen = drawn(HOW["clean"], pipeline, target=target, mask=mask())
-    assert torch.equal(found[~small], known.expand(2, -1, -1, -1)[~small]) and 0 < small.float().mean() < 1
-    assert torch.equal(seen[-1][:2, :, :, 16:][~small], found[~small])
+def test_what_is_given_of_the_wanted_half_comes_out_bit_for_bit():
+    pipeline, wanted = tiny.model(), picture(2)
+    part = mask_to_tensor(mask(), (64, 64))
+    known = mean_latent(pipeline, torch.where(part.bool(), GREY, to_tensor(wanted))[None]).expand(2, -1, -1, -1)
+    is_drawn = onepic.latent_mask(part, 4).bool().expand(2, 4, -1, -1)
+    found, inputs = drawn(TRAINED_AS["clean"], image=wanted, mask=mask())
+    assert torch.equal(found[~is_drawn], known[~is_drawn]) and 0 < is_drawn.float().mean() < 1
+    assert torch.equal(inputs[-1][:2, :, :, 16:][~is_drawn], found[~is_drawn])
     black = to_pictures(-torch.ones(1, 3, 64, 64))[0]
-    with torch.no_grad():
-        whole = pipeline.vae.scale(pipeline.vae.encode(to_tensor(target)[None])[0])
-    for how in HOW.values():  # nothing to draw: what is given
-        assert torch.equal(drawn(how, pipeline, target=target, mask=black)[0], whole.expand(2, -1, -1, -1))
+    whole = mean_latent(pipeline, to_tensor(wanted)[None]).expand(2, -1, -1, -1)
+    for trained_as in TRAINED_AS.values():  # nothing to draw: what is given
+        found, _ = drawn(trained_as, steps=2, image=wanted, mask=black)
+        assert torch.equal(found, whole)
     assert not pipeline.unet._forward_pre_hooks
 
 
 def test_the_source_matters_and_rows_do_not_mix():
-    first, _ = drawn(HOW["clean"])
-    assert not torch.equal(first, drawn(HOW["clean"], source=picture(2))[0])
-    alone, _ = drawn(HOW["clean"], n=1, seed=1)
+    trained_as = TRAINED_AS["clean"]
+    first, _ = drawn(trained_as)
+    other, _ = drawn(trained_as, source=picture(2))
+    alone, _ = drawn(trained_as, n=1, seed=1)
+    lazy, _ = drawn(trained_as, Pipeline.load(tiny.folder(), lazy=True))
+    assert not torch.equal(first, other)
     assert torch.allclose(first[1:], alone, atol=1e-4)
-    lazy, _ = drawn_lazily(n=2)
     assert torch.equal(lazy, first)
 
 
-def drawn_lazily(**settings):
-    pipeline = Pipeline.load(tiny.folder(), lazy=True)
-    *_, pair = onepic.steps(pipeline, PROMPT, picture(1), HOW["clean"], steps=4, **settings)
-    return pair
+def test_a_network_on_disk_is_drawn_with_too():
+    """Without anything that reads the UNet before `draw` does."""
+    settings = DrawSettings(PROMPT, steps=2)
+    lazy = Pipeline.load(tiny.folder(), lazy=True)
+    one, = onepic.draw(lazy, TRAINED_AS["clean"], settings, [picture(1)])
+    other, = onepic.draw(tiny.model(), TRAINED_AS["clean"], settings, [picture(1)])
+    assert one.tobytes() == other.tobytes()
 
 
-# The recipe and the command line --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("parameter, settings, more", [
+    ("source", {}, {"sources": []}), ("source", {}, {"sources": [picture(1), picture(2)]}),
+    ("task", {}, {"task": "edit"}), ("image", {"image": picture()}, {}), ("mask", {"mask": mask()}, {}),
+    ("refiner", {"refiner": tiny.model("refiner")}, {}), ("control", {"control": [(picture(), 1.0)]}, {}),
+    ("edit", {"edit": picture()}, {}), ("size", {"size": (60, 64)}, {}), ("steps", {"steps": 0}, {})])
+def test_what_cannot_be_drawn_is_refused(parameter, settings, more):
+    given = {"sources": [picture(1)], **more}
+    with pytest.raises(ParameterError) as error:
+        onepic.draw(tiny.model(), TRAINED_AS["clean"], DrawSettings(PROMPT, **settings), **given)
+    assert error.value.parameter == parameter and "--" not in str(error.value)
+
+
+# The recipe and the command line ------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory) -> Path:
+    """The run folder of two steps of training."""
     out = tmp_path_factory.mktemp("onepic")
-    flags = ["--task", "edit", "--model", str(tiny.folder()), "--scenes", "4", "--batch", "2", "--steps", "2", "--lora-rank",
-             "4", "--lr", "0.01", "--warmup", "0", "--out", str(out)]
-    assert train.main(["onepic", *flags, "--checkpointing"]) == 0
+    flags = ["--task", "edit", "--model", str(tiny.folder()), "--scenes", "4", "--batch", "2", "--steps", "2",
+             "--lora-rank", "4", "--lr", "0.01", "--warmup", "0", "--out", str(out)]
+    with tiny.short_drawings():
+        assert train.main(["onepic", *flags, "--gradient-checkpointing"]) == 0
     return out
+
+
+def pixels(path) -> bytes:
+    return open_picture(path).tobytes()
 
 
 def test_from_the_command_to_a_picture(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert (trained / "samples" / "step-000002.png").exists()
     file, example = trained / "model" / "lora.safetensors", trained / "model" / "example.png"
-    how = onepic.context_of(file)
-    assert how == onepic.Context("clean", "two panels: the picture before | {text}", (64, 64))
+    trained_as = onepic.TrainedAs("clean", "two panels: the picture before | {text}", (64, 64))
+    assert onepic.read_trained_as(file) == trained_as
     assert (to_tensor(open_picture(example)) - TASKS["edit"](0, [4]).source[0]).abs().max() < 0.01
-    flags = ["--model", str(tiny.folder()), "--device", "cpu", "--steps", "3", "--dtype", "fp32", "--n"]
-    assert sample.main([PROMPT, *flags, "1", "--lora", f"{file}:0.5", "--source", str(example), "--out", "drawn.png"]) == 0
-    pipeline = Pipeline.load(tiny.folder(), lora=[(file, 0.5)])
-    expected, = onepic.generate(pipeline, PROMPT, open_picture(example), how, steps=3)
-    assert open_picture("drawn.png").tobytes() == expected.tobytes() and expected.size == (64, 64)
-    assert read_settings("drawn.png")["source"] == str(example)
+
+    def run(*flags):
+        flags = ["--model", str(tiny.folder()), "--device", "cpu", "--steps", "2", "--dtype", "fp32", *flags]
+        return sample.main([PROMPT, *flags, "--source", str(example)])
+
+    pipeline = Pipeline.load(tiny.folder())
+    assert onepic.load_adapter(pipeline, file) == trained_as
+    settings = DrawSettings(PROMPT, steps=2)
+    expected, = onepic.draw(pipeline, trained_as, settings, [open_picture(example)])
+    assert expected.size == (64, 64)
+    assert run("--adapter", str(file), "--n", "1", "--out", "drawn.png") == 0
+    assert pixels("drawn.png") == expected.tobytes()
+    assert run("--adapter", str(trained / "model"), "--n", "1", "--out", "by-folder.png") == 0
+    assert pixels("by-folder.png") == expected.tobytes()
+    assert read_settings("drawn.png")["source"] == [str(example)]
     assert sample.main(["--from", "drawn.png", "--device", "cpu", "--out", "again.png"]) == 0
-    assert open_picture("again.png").tobytes() == open_picture("drawn.png").tobytes()
-    picture(2).save("figure.png"), mask().save("part.png")
-    assert sample.main([PROMPT, *flags, "1", "--lora", str(file), "--source", str(example), "--image", "figure.png",
-                        "--mask", "part.png", "--out", "worn.png"]) == 0
-    pipeline.set_lora(file, 1.0)
-    expected, = onepic.generate(pipeline, PROMPT, open_picture(example), how, picture(2), mask(), steps=3)
-    assert open_picture("worn.png").tobytes() == expected.tobytes()
-    assert sample.main([PROMPT, *flags, "3", "--lora", str(file), "--source", str(example), "--out", "three.png"]) == 0
+    assert pixels("again.png") == expected.tobytes()
+
+    pipeline.set_lora_scale(file, 0.5)
+    weaker, = onepic.draw(pipeline, trained_as, settings, [open_picture(example)])
+    assert weaker.tobytes() != expected.tobytes()
+    pipeline.set_lora_scale(file, 1.0)
+
+    picture(2).save("figure.png")
+    mask().save("part.png")
+    assert run("--adapter", str(file), "--n", "1", "--image", "figure.png", "--mask", "part.png",
+               "--out", "worn.png") == 0
+    settings = replace(settings, image=picture(2), mask=mask())
+    expected, = onepic.draw(pipeline, trained_as, settings, [open_picture(example)])
+    assert pixels("worn.png") == expected.tobytes()
+    assert run("--adapter", str(file), "--n", "3", "--out", "three.png") == 0
     assert open_picture("three-grid.png").size[0] > 3 * 64
 
 
 def test_training_is_kept_in_the_file(trained):
     file = trained / "model" / "lora.safetensors"
-    assert json.loads(read_header(file)[1]["onepic"]) == asdict(onepic.context_of(file)) | {"size": [64, 64]}
-    kept = dict(read_weights(file))
-    assert kept and any(tensor.abs().max() > 0 for name, tensor in kept.items() if "lora_B" in name)
+    _, metadata = read_header(file)
+    assert metadata["paper"] == "onepic"
+    assert json.loads(metadata["onepic"]) == asdict(onepic.read_trained_as(file)) | {"size": [64, 64]}
+    tensors = read_weights(file)
+    assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name)
+
+
+@pytest.fixture(scope="module")
+def untrained() -> dict:
+    """The LoRA before any training, as `save_lora` takes it."""
+    pipeline = onepic.build(config_of())
+    onepic.setup(pipeline, config_of())
+    return {"unet": lora.lora_state_dict(pipeline.unet)}
+
+
+DAMAGED = {  # file: the metadata of ONE-PIC, as text or as changes
+    "bent": "{", "list": "[3]", "three": {"size": [64, 64, 64]}, "words": {"size": "64x64"}, "dim": {"visible": "dim"},
+    "number": {"prompt": 3}, "new": {"glow": 3}, "less": "{}"}
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--source p.png", "--source: needs --lora"), ("--source nowhere.png --lora {lora}", "nowhere.png: no such picture"),
-    ("--source p.png --lora {lora} --refiner m", "--source: draws beside a picture as its LoRA was taught; leave --refiner out"),
-    ("--source p.png --lora {lora} --edit p.png", "leave --edit out"),
-    ("--source p.png --lora {lora} --image p.png", "--image: with --source it needs --mask"),
-    ("--source p.png --lora {lora} --mask m.png", "--mask: needs --image"),
-    ("--source p.png --lora {lora} --image flat.png --mask m.png", "--mask has 64x64 pixels and --image 64x48"),
-    ("--source p.png --lora {lora} --size 60x64", "--size 60x64: width and height must be multiples of 8"),
-    ("--source p.png --lora other.safetensors", "--lora other.safetensors: was not made by train.py onepic"),
-    ("--source p.png --lora bent.safetensors", "--lora bent.safetensors: was not made by train.py onepic"),
-    ("--source p.png --lora list.safetensors", "--lora list.safetensors: was not made by train.py onepic"),
-    ("--source p.png --lora three.safetensors", "--lora three.safetensors: was not made by train.py onepic"),
-    ("--source p.png --lora dim.safetensors", "dim.safetensors: visible='dim' is not supported"),
-    ("--source p.png --lora new.safetensors", "unknown key 'glow' for Context")])
-def test_a_wrong_flag_is_one_sentence(flags, words, trained, tmp_path, monkeypatch, capsys):
+    ("--source p.png", "--source: needs --adapter"),
+    ("--adapter ADAPTER", "--source: this adapter draws beside one given picture, not 0"),
+    ("--source p.png --source p.png --adapter ADAPTER", "--source: this adapter draws beside one given picture, not 2"),
+    ("--source nowhere.png --adapter ADAPTER", "nowhere.png: no such picture"),
+    ("--source p.png --adapter ADAPTER --task edit", "--task: this adapter was trained for one task"),
+    ("--source p.png --adapter ADAPTER --refiner REFINER", "--refiner: does not go with an adapter that draws beside"),
+    ("--source p.png --adapter ADAPTER --edit p.png", "--edit: does not go with an adapter that draws beside"),
+    ("--source p.png --adapter ADAPTER --image p.png", "--image: needs a mask, black where the image is given"),
+    ("--source p.png --adapter ADAPTER --mask m.png", "--mask: needs an image"),
+    ("--source p.png --adapter ADAPTER --image flat.png --mask m.png", "--mask: has 64x64 pixels and the image 64x48"),
+    ("--source p.png --adapter ADAPTER --size 60x64", "--size: 60x64: width and height must be multiples of 8"),
+    ("--source p.png --adapter ADAPTER --lora ADAPTER", "is given twice"),
+    ("--source p.png --adapter other.safetensors", "other.safetensors was made by none of the papers here"),
+    ("--source p.png --adapter bent.safetensors", "bent.safetensors: its metadata does not say how it was trained"),
+    ("--source p.png --adapter list.safetensors", "list.safetensors: its metadata does not say how it was trained"),
+    ("--source p.png --adapter less.safetensors", "less.safetensors: its metadata does not say how it was trained"),
+    ("--source p.png --adapter three.safetensors", "three.safetensors: size: (64, 64, 64) is of the wrong type"),
+    ("--source p.png --adapter words.safetensors", "words.safetensors: size: '64x64' is of the wrong type"),
+    ("--source p.png --adapter number.safetensors", "number.safetensors: prompt: 3 is of the wrong type"),
+    ("--source p.png --adapter dim.safetensors", "dim.safetensors: visible='dim' is not supported"),
+    ("--source p.png --adapter new.safetensors", "new.safetensors: unknown key 'glow' for TrainedAs")])
+def test_a_wrong_flag_is_one_sentence(flags, words, trained, untrained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    picture(1).save("p.png"), mask().save("m.png"), picture(2).crop((0, 0, 64, 48)).save("flat.png")
-    state = {"unet": lora.lora_state_dict(onepic_model())}
-    told = {name: {"onepic": json.dumps(asdict(HOW["clean"]) | change)} for name, change in (
-        ("new", {"glow": 3}), ("three", {"size": [64, 64, 64]}), ("dim", {"visible": "dim"}))}
-    for name, metadata in ({"other": {}, "bent": {"onepic": "{"}, "list": {"onepic": "[3]"}} | told).items():
-        onepic.save_lora(state, tmp_path / f"{name}.safetensors", metadata)
-    given = flags.format(lora=trained / "model" / "lora.safetensors").split()
+    picture(1).save("p.png")
+    mask().save("m.png")
+    picture(2).crop((0, 0, 64, 48)).save("flat.png")
+    for name, change in DAMAGED.items():
+        if f"{name}.safetensors" in flags:
+            text = change if isinstance(change, str) else json.dumps(asdict(TRAINED_AS["clean"]) | change)
+            save_lora(untrained, tmp_path / f"{name}.safetensors", {"paper": "onepic", "onepic": text})
+    if "other.safetensors" in flags:
+        save_lora(untrained, tmp_path / "other.safetensors")
+    paths = {"ADAPTER": trained / "model" / "lora.safetensors", "REFINER": tiny.folder("refiner")}
+    given = [str(paths.get(word, word)) for word in flags.split()]
     assert sample.main([PROMPT, "--model", str(tiny.folder()), "--device", "cpu", *given]) == 2
-    output = capsys.readouterr()
-    assert output.err.startswith("sample.py: ") and output.err.count("\n") == 1 and words in output.err
+    error = capsys.readouterr().err
+    assert error.startswith("sample.py: ") and error.count("\n") == 1 and words in error
 
 
-def onepic_model():
-    pipeline = onepic.build(config_of())
-    onepic.setup(pipeline, config_of())
-    return pipeline.unet
+def test_another_kind_of_lora_is_named(untrained, tmp_path):
+    path = tmp_path / "style.safetensors"
+    save_lora(untrained, path)
+    with pytest.raises(InputError, match="style.safetensors: .* was not made by train.py onepic"):
+        onepic.read_trained_as(path)
 
 
 def test_from_ones_own_pictures_to_a_picture(photos):
-    out, flags = photos / "out", ["--prompt", "a sketch | {text}", "--steps", "1", "--batch", "2", "--lora-rank", "2"]
-    (photos / "data").mkdir()
+    out, data = photos / "out", photos / "data"
+    data.mkdir()
     for kind in ("target", "source", "mask"):
-        shutil.move(photos / kind, photos / "data" / kind)
-    flags += ["--data", str(photos / "data"), "--cache", str(photos / "kept"), "--model", str(tiny.folder())]
-    assert train.main(["onepic", *flags, "--out", str(out)]) == 0
-    assert open_picture(out / "model" / "example.png").size == (80, 48) and (out / "samples/step-000001.png").exists()
-    given = ["--lora", str(out / "model/lora.safetensors"), "--source", str(photos / "data/source/0.png"), "--n", "1"]
-    assert sample.main(["cube", "--model", str(tiny.folder()), *given, "--device", "cpu", "--steps", "2", "--out",
-                        str(photos / "drawn.png")]) == 0
+        shutil.move(photos / kind, data / kind)
+    flags = ["--prompt", "a sketch | {text}", "--steps", "1", "--batch", "2", "--lora-rank", "2", "--data", str(data),
+             "--model", str(tiny.folder()), "--out", str(out)]
+    with tiny.short_drawings():
+        assert train.main(["onepic", *flags]) == 0
+    assert open_picture(out / "model" / "example.png").size == (80, 48)
+    assert (out / "samples" / "step-000001.png").exists()
+    flags = ["--model", str(tiny.folder()), "--adapter", str(out / "model"), "--source", str(data / "source" / "0.png"),
+             "--n", "1", "--device", "cpu", "--steps", "2", "--out", str(photos / "drawn.png")]
+    assert sample.main(["cube", *flags]) == 0
     assert open_picture(photos / "drawn.png").size == (80, 48)
 
 
+def no_source(path):
+    (path / "source/1.png").unlink()
+
+
+def no_mask(path):
+    (path / "mask/2.png").unlink()
+
+
+def no_target(path):
+    shutil.rmtree(path / "target")
+
+
+def damaged_source(path):
+    (path / "source/0.png").write_bytes(b"no")
+
+
+def larger_mask(path):
+    mask().resize((96, 96)).save(path / "mask/0.png")
+
+
+def black_mask(path):
+    mask().point(lambda level: 0).resize((96, 48)).save(path / "mask/1.png")
+
+
+def no_caption(path):
+    (path / "target/1.txt").unlink()
+
+
 @pytest.mark.parametrize("change, words", [
-    (lambda path: (path / "source/1.png").unlink(), "source/ lacks 1 of the pictures in target/, the first is 1"),
-    (lambda path: (path / "mask/2.png").unlink(), "mask/ lacks 1 of the pictures in target/, the first is 2"),
-    (lambda path: shutil.rmtree(path / "target"), "target: no such folder"),
-    (lambda path: (path / "source/0.png").write_bytes(b"no"), "0.png: "),
-    (lambda path: mask().resize((96, 96)).save(path / "mask/0.png"), "0.png has 96x96 pixels and its picture 96x48"),
-    (lambda path: mask().point(lambda x: 0).resize((96, 48)).save(path / "mask/1.png"), "1.png: hardly anything is white"),
-    (lambda path: (path / "target/1.txt").unlink(), "1 problems, listed above")])
-def test_a_folder_that_is_wrong_is_told(photos, change, words, capsys):
+    (no_source, "source/ lacks 1 of 3 pictures, the first is 1"),
+    (no_mask, "mask/ lacks 1 of 3 pictures, the first is 2"),
+    (no_target, "target: no such folder"),
+    (damaged_source, "0.png: "),
+    (larger_mask, "0.png has 96x96 pixels and its picture 96x48"),
+    (black_mask, "1.png: hardly anything is white"),
+    (no_caption, "1 problems, listed above")])
+def test_a_wrong_folder_is_refused(photos, change, words, capsys):
     change(photos)
-    flags = ["--data", str(photos), "--prompt", "a sketch | {text}", "--model", str(tiny.folder()), "--steps",
-             "1", "--out"]
-    assert train.main(["onepic", *flags, str(photos.with_name("out"))]) == 2
+    flags = ["--data", str(photos), "--prompt", "a sketch | {text}", "--model", str(tiny.folder()), "--steps", "1",
+             "--out", str(photos.with_name("out"))]
+    assert train.main(["onepic", *flags]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("train.py: ") and words in error
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--data here", '--data: say in --prompt what is given'),
-    ("--cache here", "--cache here: must be a folder"),
-    ("--prompt two", "--prompt two: lacks {text}"), ("--task colours", "invalid choice: 'colours'"),
-    ("--lora-rank 0", "--lora-rank must be at least 1"), ("--side 60", "--side must be a multiple of 16"),
-    ("--visible dim", "invalid choice: 'dim'"), ("--loss-on none", "invalid choice: 'none'")])
+    ("--data here", "--data: say in the prompt what is given"),
+    ("--prompt two", "--prompt: two lacks {text}"),
+    ("--task colours", "--task: invalid choice: 'colours'"),
+    ("--lora-rank 0", "--lora-rank: must be at least 1"),
+    ("--resolution 60", "--resolution: must be a multiple of 16"),
+    ("--visible dim", "--visible: invalid choice: 'dim'"),
+    ("--loss-on none", "--loss-on: invalid choice: 'none'")])
 def test_what_cannot_be_trained_is_refused(flags, words, capsys, tmp_path):
     assert train.main(["onepic", *flags.split(), "--out", str(tmp_path)]) == 2
-    assert words in capsys.readouterr().err
-
-
-def test_another_kind_of_lora_is_named(tmp_path):
-    onepic.save_lora({"unet": lora.lora_state_dict(onepic_model())}, tmp_path / "style.safetensors")
-    with pytest.raises(InputError, match="style.safetensors: was not made by train.py onepic"):
-        onepic.context_of(tmp_path / "style.safetensors")
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: ") and error.count("\n") == 1 and words in error

@@ -1,19 +1,27 @@
 """The base recipes: what they feed, what they minimise, and from nothing to a pipeline folder in a few steps each."""
 
 import functools
+import importlib
+import json
 import math
-from dataclasses import replace
+import shutil
+from dataclasses import fields, replace
 from unittest import mock
 
 import pytest
+import tiny
 import torch
+from PIL import Image
 
 import train
-from minipic.common import random
-from minipic.data import KINDS, Picture, compose
-from minipic.methods import clip, controlnet, edit, inversion, onepic, t2i, vae
+from minipic import latents
+from minipic.common import rng
+from minipic.papers import PAPERS, onepic
 from minipic.pipeline import Pipeline
+from minipic.recipes import clip, controlnet, edit, inversion, t2i, vae
+from minipic.weights import read_weights
 from minipic.world.caption import parse
+from minipic.world.pictures import KINDS, Picture, compose
 from minipic.world.scene import is_held_out, render
 
 PICTURES = [compose(3, i) for i in range(400)]
@@ -53,19 +61,19 @@ def test_pictures_are_what_their_size_ids_say():
 
 def test_captions_fit_and_parse():
     for i, picture in enumerate(PICTURES):
-        text = picture.caption(random(0, i))
+        text = picture.caption(rng(0, i))
         parts = text.removeprefix("two panels: ").split(" | ")
         assert len(parts) == len(picture.scenes) and all(parse(part).things for part in parts)
 
 
 def test_vae_loss_is_its_formula_and_falls():
-    config = vae.Recipe(steps=30, precision="fp32")
+    config = vae.Settings(steps=30, precision="fp32")
     torch.manual_seed(0)
     model = vae.build(config)
-    batch = vae.data(model, config)(0, range(2))
+    batch = vae.data(model, config).batch(0, range(2))
     x = batch["image"]
     mean, logvar = model.encode(x)
-    noise = torch.stack([torch.randn(mean.shape[1:], generator=random(0, "posterior", i)) for i in range(2)])
+    noise = torch.stack([torch.randn(mean.shape[1:], generator=rng(0, "posterior", i)) for i in range(2)])
     out = model.decode(mean + (logvar / 2).exp() * noise)
     edges = (out.diff(dim=2) - x.diff(dim=2)).abs().mean() + (out.diff(dim=3) - x.diff(dim=3)).abs().mean()
     unit = torch.distributions.Normal(0.0, 1.0)
@@ -84,19 +92,19 @@ def test_vae_loss_is_its_formula_and_falls():
 @pytest.fixture(scope="module", autouse=True)
 def less_to_prepare():
     """To compose 2000 captions and to encode 256 pictures takes seconds."""
-    with mock.patch.object(clip, "CAPTIONS", 100), mock.patch.object(vae, "MEASURED", 32):
+    with mock.patch.object(clip, "CAPTIONS", 100), mock.patch.object(vae, "MEASURED", 8):
         yield
 
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory):
     torch.manual_seed(0)
-    return clip.build(clip.Recipe(out=str(tmp_path_factory.mktemp("clip")), vocabulary=600))
+    return clip.build(clip.Settings(out=str(tmp_path_factory.mktemp("clip")), vocabulary=600))
 
 
 def test_cut_captions_pool_as_whole_ones(towers):
     captions = ["a red sphere", "a small blue cube left of a large green torus on a grey floor"]
-    cut = clip.tokens(towers, captions)
+    cut = clip.tokenize(towers.tokenizers, captions)
     assert cut["ids"].shape[1] < 77
     for name, encoder, tokenizer in zip(("ids", "ids_2"), (towers.text_encoder, towers.text_encoder_2),
                                         towers.tokenizers):
@@ -104,27 +112,32 @@ def test_cut_captions_pool_as_whole_ones(towers):
 
 
 def test_facts_of_a_caption_are_the_answers_to_its_questions():
-    facts = clip.facts_of("two panels: a small red and blue striped torus left of a cube on a pink floor | a cone at night")
-    said = {i: list(names)[answer - 1] for i, (answer, names) in enumerate(zip(facts, 2 * clip.PANEL)) if answer}
+    facts = clip.facts_of(
+        "two panels: a small red and blue striped torus left of a cube on a pink floor | a cone at night")
+    said = {}
+    for i, (answer, choices) in enumerate(zip(facts, 2 * clip.PANEL_QUESTIONS)):
+        if answer:
+            said[i] = list(choices)[answer - 1]
     assert said == {0: "red", 1: "blue", 2: "torus", 3: "small", 4: "striped", 8: "cube", 18: "left", 20: "pink",
                     22 + 2: "cone", 22 + 21: "night"}
-    assert len(facts) == len(clip.FACTS) == 44 and not any(clip.facts_of("an object"))
+    assert len(facts) == len(clip.ANSWERS) == 44 and not any(clip.facts_of("an object"))
 
 
 def test_clip_learns_the_facts_that_contrast_leaves(towers):
     """The heads' loss is the cross-entropy of the facts, and it teaches both encoders."""
     pictures = [compose(3, i) for i in range(4)]
-    captions = [picture.caption(random(3, i)) for i, picture in enumerate(pictures)]
-    batch = {"image": torch.stack([clip.squash(x) for x in Picture.draw(pictures)]), **clip.tokens(towers, captions),
+    captions = [picture.caption(rng(3, i)) for i, picture in enumerate(pictures)]
+    batch = {"image": torch.stack([clip.squash(x) for x in Picture.draw(pictures)]),
+             **clip.tokenize(towers.tokenizers, captions),
              "facts": torch.tensor([clip.facts_of(caption) for caption in captions])}
-    loss, numbers = clip.loss(towers, batch, clip.Recipe())
+    loss, numbers = clip.loss(towers, batch, clip.Settings())
     states, states_2 = (encoder(batch[ids])[0][-2] for encoder, ids in ((towers.text_encoder, "ids"),
                                                                         (towers.text_encoder_2, "ids_2")))
     told = 0.0
     for head, x in zip(towers.facts, (states.mean(1), states_2.mean(1), towers.text_encoder_2(batch["ids_2"])[1])):
         x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + 1e-5) ** 0.5
         start = 0
-        for width, right in zip(clip.FACTS, batch["facts"].T):
+        for width, right in zip(clip.ANSWERS, batch["facts"].T):
             chances = (x @ head.weight.T + head.bias)[:, start:start + width].softmax(1)
             told, start = told - chances[range(4), right].log().mean(), start + width
     torch.testing.assert_close(numbers["facts"], told, rtol=1e-5, atol=1e-5)
@@ -135,7 +148,7 @@ def test_clip_learns_the_facts_that_contrast_leaves(towers):
 def test_siblings_differ_in_one_thing_and_hold_no_unseen_pair():
     changed = 0
     for family in range(0, 80, clip.FAMILY):
-        first, *others = (clip.sibling(3, family + i) for i in range(clip.FAMILY))
+        first, *others = (clip.family_picture(3, family + i) for i in range(clip.FAMILY))
         assert first == compose(3, family)
         for other in others:
             assert replace(other, scenes=first.scenes) == first
@@ -146,7 +159,7 @@ def test_siblings_differ_in_one_thing_and_hold_no_unseen_pair():
 
 
 def test_a_vocabulary_left_by_another_run_is_not_taken(tmp_path):
-    config = clip.Recipe(out=str(tmp_path), vocabulary=560)
+    config = clip.Settings(out=str(tmp_path), vocabulary=560)
     assert clip.build(replace(config, vocabulary=600)).tokenizers[0].size > 560
     (tmp_path / "tokenizer_2" / "merges.txt").unlink()  # as a kill leaves it
     assert clip.build(replace(config, resume="latest")).tokenizers[1].size == 560
@@ -157,8 +170,7 @@ def test_a_vocabulary_left_by_another_run_is_not_taken(tmp_path):
 
 def test_every_trained_weight_gets_a_gradient():
     """Several processes wait for the gradient of every trained weight: what the UNet never sees must stay out."""
-    from tiny import build
-    pipeline, config = build(), t2i.Recipe(train_text=True)
+    pipeline, config = tiny.build(), t2i.Settings(train_text=True)
     params = t2i.setup(pipeline, config)
     t2i.loss(pipeline, {
         "x0": torch.randn(2, 4, 16, 16), "noise": torch.randn(2, 4, 16, 16), "t": torch.tensor([10, 500]),
@@ -169,20 +181,20 @@ def test_every_trained_weight_gets_a_gradient():
     assert len(params) > sum(1 for _ in pipeline.unet.parameters()) + 40
 
 
-@pytest.mark.parametrize("recipe, settings, stays", [
-    (t2i, {}, False), (t2i, {"lora_rank": 2}, True), (inversion, {"data": "photos", "like": "cube"}, True),
+@pytest.mark.parametrize("recipe, settings, frozen", [
+    (t2i, {}, False), (t2i, {"lora_rank": 2}, True), (inversion, {"data": "photos", "initializer_token": "cube"}, True),
     (controlnet, {}, True), (edit, {}, False), (onepic, {}, True)])
-def test_what_trains_is_in_fp32_and_what_stays_as_the_arithmetic(recipe, settings, stays):
-    from tiny import folder
+def test_what_trains_is_in_fp32_and_what_is_frozen_as_the_arithmetic(recipe, settings, frozen):
     for precision in ("bf16", "fp32"):
-        config = recipe.Recipe(model=str(folder()), precision=precision, **settings)
+        config = recipe.Settings(model=str(tiny.folder()), precision=precision, **settings)
         pipeline = recipe.build(config)
         trained = recipe.setup(pipeline, config)
         rest = {p.dtype for p in pipeline.parameters() if id(p) not in set(map(id, trained))}
         assert {p.dtype for p in trained} == {torch.float32}
-        assert rest == {torch.bfloat16 if stays and precision == "bf16" else torch.float32}
+        assert rest == {torch.bfloat16 if frozen and precision == "bf16" else torch.float32}
 
 
+@pytest.mark.slow
 def test_from_nothing_to_a_pipeline(tmp_path):
     """The four commands of weights/README.md, a few steps each; the folder they make is a pipeline that draws."""
     folder, small = str(tmp_path / "model"), ["--batch", "4", "--sample-every", "0", "--precision", "fp32"]
@@ -201,18 +213,16 @@ def test_from_nothing_to_a_pipeline(tmp_path):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_pictures_are_encoded_in_bf16_only_where_that_is_fast(fast, monkeypatch):
-    from tiny import build
-    model, seen = build().vae, []
-    monkeypatch.setattr(t2i, "computes_bf16", lambda device: fast)
+    model, seen = tiny.build().vae, []
+    monkeypatch.setattr(latents, "computes_bf16", lambda device: fast)
     model.encoder.conv_in.register_forward_hook(lambda module, given, found: seen.append(found.dtype))
-    t2i.encode_pictures(model, [compose(0, 0)])
+    latents.encode_pictures(model, [compose(0, 0)])
     assert seen == [torch.bfloat16 if fast else torch.float32]
 
 
 def test_t2i_loss_is_the_weighted_noise_error(tmp_path):
-    from tiny import build
-    pipeline = build()
-    config, batch = t2i.Recipe(min_snr=5.0), {
+    pipeline = tiny.build()
+    config, batch = t2i.Settings(min_snr=5.0), {
         "x0": torch.randn(3, 4, 16, 16), "noise": torch.randn(3, 4, 16, 16), "t": torch.tensor([10, 500, 990]),
         "size_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 3), "captions": ["a red cube", "", None]}
     context, pooled = zip(*(pipeline.encode(text or "")[0][:2] for text in batch["captions"]))
@@ -225,3 +235,58 @@ def test_t2i_loss_is_the_weighted_noise_error(tmp_path):
     snr = abar / (1 - abar)
     expected = (error.mean((1, 2, 3)) * (snr.clamp(max=5) / snr)).mean()
     torch.testing.assert_close(t2i.loss(pipeline, batch, config), expected.float(), rtol=1e-5, atol=1e-6)
+
+
+# Cut and resumed --------------------------------------------------------------------------------------------------
+
+# Small values of whatever settings a recipe has, and what some recipes need besides.
+SMALL = {"batch": 2, "scenes": 4, "pool": 4, "vocabulary": 600, "caption_dropout": 0.5, "precision": "fp32",
+         "sample_every": 0, "warmup": 0, "lr_schedule": "constant"}
+PHOTOS = {
+    "t2i": ("--lora-rank", "2"),
+    "inversion": ("--word", "one", "--initializer-token", "cyan"),
+    "dreambooth": ("--lora-rank", "2", "--caption", "a sks cube", "--class-prompt", "a cube",
+                   "--num-class-images", "1")}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of three pictures of different shapes, with captions."""
+    folder = tmp_path_factory.mktemp("photos")
+    for name, size in (("a", (64, 64)), ("b", (200, 100)), ("c", (100, 210))):
+        Image.effect_noise(size, 60).convert("RGB").save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"one {name}")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", train.RECIPES | PAPERS)
+def test_a_run_that_was_cut_goes_on_with_the_same_bits(name, photos, tmp_path):
+    settings = importlib.import_module((train.RECIPES | PAPERS)[name]).Settings
+    flags = [name, "--out", str(tmp_path), "--steps", "3", "--save-every", "1", "--keep", "9"]
+    for field in fields(settings):
+        if field.name in SMALL:
+            flags += ["--" + field.name.replace("_", "-"), str(SMALL[field.name])]
+        if field.name == "model":
+            flags += ["--model", str(tiny.folder())]
+    if name in PHOTOS:
+        flags += ["--data", str(photos), *PHOTOS[name]]
+
+    def trained():
+        weights = {path.relative_to(tmp_path): read_weights(path)
+                   for path in (tmp_path / "model").rglob("*.safetensors")}
+        state = json.loads((tmp_path / "checkpoints/step-000003/manifest.json").read_text())["files"]
+        return weights, state
+
+    assert train.main(flags) == 0
+    whole, whole_state = trained()
+    for folder in ("model", "checkpoints/step-000002", "checkpoints/step-000003"):
+        shutil.rmtree(tmp_path / folder)
+    assert train.main([*flags, "--resume", "latest"]) == 0
+    cut, cut_state = trained()
+    state_files = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+    assert [cut_state[file] for file in state_files] == [whole_state[file] for file in state_files]
+    assert whole.keys() == cut.keys() and (whole or name == "toy")
+    for path, tensors in whole.items():
+        assert tensors.keys() == cut[path].keys()
+        assert all(torch.equal(x, cut[path][key]) for key, x in tensors.items()), path

@@ -6,10 +6,12 @@
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 from test_pipeline import GOLDEN_CASES, GOLDENS, diffusers_latents  # noqa: E402
 
 if __name__ == "__main__":
-    save_file({case: diffusers_latents(case)[:1].contiguous() for case in GOLDEN_CASES}, GOLDENS)
+    latents = {case: diffusers_latents(case)[:1].to(torch.float32).contiguous() for case in GOLDEN_CASES}
+    save_file(latents, GOLDENS)
