@@ -32,3 +32,16 @@ torch.cuda.is_available = torch.backends.mps.is_available = functools.cache(lamb
 def gpu(request, monkeypatch):
     if getattr(request.module, "GPU", False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; run by `python -m pytest -m slow`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("-m"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]

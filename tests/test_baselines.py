@@ -11,20 +11,23 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import baselines  # noqa: E402
 import cases  # noqa: E402
-import readme  # noqa: E402
+import report  # noqa: E402
 import tiny  # noqa: E402
-
 from quality import draw  # noqa: E402
 
 from minipic.image import to_pictures, to_tensor  # noqa: E402
-from minipic.methods import edit, onepic  # noqa: E402
 from minipic.models.controlnet import ControlNet  # noqa: E402
+from minipic.papers import onepic  # noqa: E402
+from minipic.pipeline import DrawSettings  # noqa: E402
+from minipic.recipes import edit  # noqa: E402
 from minipic.world import probe  # noqa: E402
 from minipic.world.caption import Description, Thing, describe, parse  # noqa: E402
 from minipic.world.scene import render, sample_scene  # noqa: E402
 from minipic.world.tasks import TASKS  # noqa: E402
 
 TINY = Path(__file__).parents[1] / "weights" / "tiny"
+
+pytestmark = pytest.mark.slow  # of the programs that measure, not of the package
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +102,7 @@ def test_drawings_follow_their_own_picture_as_generate_does():
         if what == "hints":
             changed = pipeline.controlnet = ControlNet.from_unet(pipeline.unet, pipeline.vae.config.factor)
         else:
-            edit.widen(pipeline.unet)
+            edit.double_input_channels(pipeline.unet)
             changed = pipeline.unet.conv_in
         for p in changed.parameters():
             p.data.normal_(std=0.2, generator=torch.Generator().manual_seed(p.numel()))
@@ -114,11 +117,12 @@ def test_drawings_follow_their_own_picture_as_generate_does():
 
 @pytest.mark.parametrize("visible", ["clean", "noised"])
 def test_drawings_beside_a_picture_are_those_of_onepic(visible):
-    pipeline, how = tiny.build(), onepic.Context(visible, "a sketch | {text}", (64, 64))
+    pipeline, trained_as = tiny.build(), onepic.TrainedAs(visible, "a sketch | {text}", (64, 64))
     sources = 2 * torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(1)).mul(255).round() / 255 - 1
-    drawn = draw(pipeline, ["a red sphere"] * 3, 5, steps=2, batch=2, sources=sources, how=how)
+    drawn = draw(pipeline, ["a red sphere"] * 3, 5, steps=2, batch=2, sources=sources, trained_as=trained_as)
     for i, given in enumerate(to_pictures(sources)):
-        one, = onepic.generate(pipeline, "a red sphere", given, how, seed=5 + i, steps=2, sampler="euler")
+        settings = DrawSettings("a red sphere", seed=5 + i, steps=2, sampler="euler")
+        one, = onepic.draw(pipeline, trained_as, settings, [given])
         assert (drawn[i] - to_tensor(one)).abs().mean() < 0.02 < (drawn[i] - drawn[i - 1]).abs().mean()
 
 
@@ -128,24 +132,42 @@ def test_a_share_counts_pictures_in_which_all_the_facts_hold():
     assert cases.share([asked, asked], [asked, seen], ("color", "place")) == 1
 
 
-def test_a_trial_run_is_kept_and_not_repeated(judge, tmp_path, monkeypatch, capsys):
-    flags = ["--quick", "--seeds", "1", "--model", str(TINY), "--out", str(tmp_path / "found.json"),
+QUICK = ["LoRA", "ONE-PIC"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [
+    QUICK, [*QUICK, "ControlNet, depth", "InstructPix2Pix"]], ids=len)
+def test_a_trial_run_is_kept_and_not_repeated(judge, tmp_path, monkeypatch, capsys, names):
+    flags = ["--quick", "--seeds", "1", "--model", str(TINY), "--out", str(tmp_path / "baselines.json"),
              "--runs", str(tmp_path / "runs"), "--only"]
-    for name in ("LoRA", "ControlNet, depth", "InstructPix2Pix", "ONE-PIC"):
+    for name in names:
         baselines.main([*flags, name])
-    rows = json.loads((tmp_path / "found.json").read_text())["results"]
-    assert [row["name"] for row in rows] == ["renders", "untouched", "in words", "LoRA", "renders", "untouched",
-                                             "ControlNet, depth", "renders", "untouched", "InstructPix2Pix",
-                                             "ONE-PIC"]
-    lora, controlnet, pix2pix, beside = rows[3], rows[6], rows[9], rows[10]
+    results = json.loads((tmp_path / "baselines.json").read_text())["results"]
+    rows = {}
+    for row in results:
+        rows.setdefault(row["task"], {})[row["name"]] = row
+    assert len(results) == sum(map(len, rows.values()))  # nothing is measured twice
+    assert list(rows["subject"]) == ["renders", "untouched", "in words", "LoRA"]
+    lora, one_pic = rows["subject"]["LoRA"], rows["edit"]["ONE-PIC"]
     assert lora["at"].keys() == {"1", "2"} and lora["trained"] == 315392 and 0.6e6 < lora["bytes"] < 1.4e6
-    assert controlnet["trained"] > 10**6 and controlnet["seconds a step"] > 0
-    assert pix2pix["trained"] == 7373700 and pix2pix["at"]["2"].keys() == {"changed", "kept", "edited", "PSNR"}
-    assert beside["trained"] == 2541568 and beside["at"]["2"].keys() == pix2pix["at"]["2"].keys()
-    table = list(readme.baseline_tables(tmp_path / "found.json"))
-    assert any(line.startswith("| ControlNet, depth | 2 |") for line in table)
+    assert one_pic["trained"] == 2541568 and one_pic["at"]["2"].keys() == {"changed", "kept", "edited", "PSNR"}
+    if names == QUICK:
+        assert list(rows) == ["subject", "edit"] and list(rows["edit"]) == ["renders", "untouched", "ONE-PIC"]
+    else:
+        assert list(rows) == ["subject", "control", "edit"]
+        assert list(rows["control"]) == ["renders", "untouched", "ControlNet, depth"]
+        assert list(rows["edit"]) == ["renders", "untouched", "InstructPix2Pix", "ONE-PIC"]
+        controlnet, pix2pix = rows["control"]["ControlNet, depth"], rows["edit"]["InstructPix2Pix"]
+        assert controlnet["trained"] > 10**6 and controlnet["seconds a step"] > 0
+        assert pix2pix["trained"] == 7373700 and pix2pix["at"]["2"].keys() == one_pic["at"]["2"].keys()
+
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    for name in names:
+        assert any(line.startswith(f"| {name} | 2 | 1 |") for line in report.baselines())
     capsys.readouterr()
     monkeypatch.setattr(baselines, "measure", lambda *args: pytest.fail("measured again"))
     baselines.main([*flags, "LoRA"])
     assert capsys.readouterr().out == ""
-    assert "not yet measured" in "".join(readme.baseline_tables(tmp_path / "absent.json"))
+    monkeypatch.setattr(report, "HERE", tmp_path / "absent")
+    assert "Not yet measured" in "".join(report.baselines())

@@ -1,7 +1,9 @@
-"""The house rules, read from the source: which room may import which, what nobody may write, and how long it may be."""
+"""The house rules, read from the source: which room may import which, and what nobody may write."""
 
 import ast
+import importlib
 import re
+import shlex
 import sys
 from functools import cache
 from pathlib import Path
@@ -10,24 +12,32 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
-import readme  # noqa: E402
+import report  # noqa: E402
+
+import sample  # noqa: E402
+import train  # noqa: E402
+from minipic.image import open_picture  # noqa: E402
+from minipic.papers import PAPERS  # noqa: E402
+from minipic.training.flags import parse_argv  # noqa: E402
 
 FLOORS = [  # a room imports only from floors below its own, and from itself
-    ["common", "keys"],
-    ["layers", "diffusion", "image", "weights"],
-    ["models", "world", "text", "embedding", "checkpoint", "cache"],
-    ["layouts"],
-    ["adapters"],
-    ["pipeline", "training", "data", "folder"],
-    ["methods"],
+    ["common"],
+    ["kernels", "diffusion", "image", "figures"],
+    ["layers"],
+    ["models"],
+    ["weights"],
+    ["text", "training", "world", "draw_settings"],
+    ["pipeline"],
+    ["latents"],
+    ["recipes", "papers"],
 ]
-TRITON = ["minipic/layers/kernels.py", "minipic/layers/fused.py"]
+TRITON = ["minipic/kernels/flash_attention.py", "minipic/kernels/norms.py"]
 PACKAGES = {"torch", "numpy", "PIL", "safetensors", "tokenizers", "tqdm", "minipic"}
-WIDTH, FILE_LINES, FUNCTION_LINES, PACKAGE_LINES = 120, 350, 60, 8455
 
-PACKAGE = readme.package()
-SOURCES = PACKAGE + sorted(f.relative_to(ROOT).as_posix() for folder in ("weights", "tutorials")
-                           for f in (ROOT / folder).glob("**/*.py"))
+PACKAGE = [path.relative_to(ROOT).as_posix() for path in report.package()]
+MODULES = [path for path in PACKAGE if path.startswith("minipic/")]
+SOURCES = PACKAGE + sorted(path.relative_to(ROOT).as_posix() for folder in ("weights", "tutorials")
+                           for path in (ROOT / folder).glob("**/*.py"))
 
 
 @cache
@@ -97,53 +107,111 @@ def banned(path, nodes):
             yield f"{path}:{line} holds an absolute path"
 
 
-def too_long(path, nodes):
-    if readme.count(path) > FILE_LINES:
-        yield f"{path}: {readme.count(path)} lines"
-    for number, line in enumerate((ROOT / path).read_text(encoding="utf-8").splitlines(), 1):
-        if len(line) > WIDTH:
-            yield f"{path}:{number} has {len(line)} characters"
+def names_in_code(nodes):
+    """Every name, attribute and string of a file, but for docstrings."""
+    docstrings = set()
     for node in ast.walk(nodes):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            if node.end_lineno - node.lineno + 1 > FUNCTION_LINES:
-                yield f"{path}:{node.lineno} {node.name}: {node.end_lineno - node.lineno + 1} lines"
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            docstrings.add(id(node.body[0].value))
+    for node in ast.walk(nodes):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value
+        elif isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.alias):
+            yield node.name
 
 
 def test_every_room_has_one_floor():
-    rooms = {room(path) for path in PACKAGE if path.startswith("minipic/")} - {"__init__"}
+    rooms = {room(path) for path in MODULES} - {"__init__"}
     names = sum(FLOORS, [])
-    assert rooms <= set(names) and len(names) == len(set(names))
+    assert rooms == set(names) and len(names) == len(set(names))
 
 
 def test_rooms_import_from_floors_below():
-    assert [fault for path in PACKAGE if path.startswith("minipic/") for fault in upward(path, tree(path))] == []
+    assert [fault for path in MODULES for fault in upward(path, tree(path))] == []
+
+
+def test_a_paper_is_one_file():
+    """No paper imports another, and nothing but the table in papers/__init__.py knows a paper's name."""
+    files = {module.replace(".", "/") + ".py" for module in PAPERS.values()}
+    for path in PACKAGE:
+        for name, line in imports(path, tree(path)):
+            assert name not in PAPERS.values(), f"{path}:{line} imports {name}"
+        if path in files or path == "minipic/papers/__init__.py":
+            continue
+        for word in names_in_code(tree(path)):
+            assert not any(paper in word.split(".") for paper in PAPERS), f"{path} names a paper: {word!r}"
 
 
 def test_nothing_banned_is_written():
     assert [fault for path in SOURCES for fault in banned(path, tree(path))] == []
 
 
-def test_files_and_functions_are_short():
-    assert [fault for path in SOURCES for fault in too_long(path, tree(path))] == []
+@pytest.mark.parametrize("path", report.BLOCKS)
+def test_the_maps_and_numbers_are_up_to_date(path):
+    text = (ROOT / path).read_text(encoding="utf-8")
+    assert report.with_blocks(text, report.BLOCKS[path]) == text, "run python tests/benchmarks/report.py"
 
 
-def test_package_is_short():
-    assert sum(map(readme.count, PACKAGE)) <= PACKAGE_LINES
+def test_the_results_are_up_to_date():
+    text = (ROOT / "tests" / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    assert report.results() == text, "run python tests/benchmarks/report.py"
 
 
-def test_readme_map_is_up_to_date():
-    path = ROOT / "README.md"
-    if not path.exists():
-        pytest.skip("there is no README.md yet")
-    text = path.read_text(encoding="utf-8")
-    assert readme.rewrite(text) == text, "run python tests/benchmarks/readme.py"
+def test_every_room_is_on_the_map():
+    assert {Path(name).stem for name in report.ROOMS} == {name for names in FLOORS for name in names}
+
+
+def test_the_readme_is_one_sitting():
+    """At most 150 lines, and every file and folder that it names is there."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / target).exists(), target
+
+
+def commands(path):
+    """Every command of a text that starts sample.py or train.py, without what follows three spaces (a comment)."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    for line in re.findall(r"(?:^ {4}|`|&& )((?:torchrun \S+ \S+ |python )?(?:sample|train)\.py [^`\n]*)", text, re.M):
+        yield re.split(r"\s{3,}", line)[0]
+
+
+@pytest.mark.parametrize("path", ["README.md", "minipic/README.md", "weights/README.md"])
+def test_the_commands_in_the_texts_have_right_flags(path):
+    found = list(commands(path))
+    assert len(found) > 3
+    for command in found:
+        words = shlex.split(command)
+        start = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        script, flags = words[start], words[start + 1:]
+        if "--help" in flags or "NAME" in flags:
+            continue
+        if script == "sample.py":
+            settings = parse_argv(sample.Settings, flags, "sample.py", ("prompt",))
+            sample.Settings(**settings)
+        else:
+            module = importlib.import_module({**train.RECIPES, **PAPERS}[flags[0]])
+            module.Settings(**parse_argv(module.Settings, flags[1:], "train.py"))
+
+
+def test_the_python_in_the_readme_runs(tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    program = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    exec(program, {})
+    assert open_picture("cone.png").size == open_picture("red cone.png").size == (64, 64)
+    assert open_picture("cone.png").tobytes() != open_picture("red cone.png").tobytes()
 
 
 @pytest.mark.parametrize("code, fault", [
-    ("from minipic.methods.vae import build", "floor below"), ("from minipic import pipeline", "floor below"),
-    ("def f():\n    import minipic.layouts", "floor below"), ("import minipic.text", "floor below"),
+    ("from minipic.recipes.vae import build", "floor below"), ("from minipic import pipeline", "floor below"),
+    ("def f():\n    import minipic.weights.layouts", "floor below"), ("import minipic.text", "floor below"),
     ("from .. import text", "floor below"), ("from ..text import encode", "floor below"),
-    ("from .vae import VAE", None), ("import minipic.layers.blocks\nfrom minipic.common import random", None)])
+    ("from .vae import VAE", None), ("import minipic.layers.blocks\nfrom minipic.common import rng", None)])
 def test_the_floors_catch(code, fault):
     found = list(upward("minipic/models/unet.py", ast.parse(code)))
     assert (fault is None and found == []) or (len(found) == 1 and fault in found[0])
@@ -163,11 +231,6 @@ def test_the_ban_catches(code, fault):
     assert (fault is None and found == []) or (len(found) == 1 and fault in found[0])
 
 
-def test_the_readme_map_is_counted_anew():
-    old = "a\n<!-- map -->\n```\nminipic/common.py  1  what all use\ngone.py  3  x\n```\n<!-- map -->\nb\n"
-    lines = readme.rewrite(old).splitlines()
-    assert lines[:3] == ["a", "<!-- map -->", "```"] and lines[-3:] == ["```", "<!-- map -->", "b"]
-    assert [line.split()[0] for line in lines[3:-3]] == PACKAGE
-    common = lines[3 + PACKAGE.index("minipic/common.py")].split()
-    assert common == ["minipic/common.py", str(readme.count("minipic/common.py")), "what", "all", "use"]
-    assert readme.rewrite(readme.rewrite(old)) == readme.rewrite(old)
+def test_a_papers_name_is_found_in_code_but_not_in_docstrings():
+    assert "onepic" in list(names_in_code(ast.parse("if paper == 'onepic':\n    pass")))
+    assert "onepic" not in list(names_in_code(ast.parse('"""onepic"""')))

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import sample
-from minipic.common import random
+from minipic.common import rng
 from minipic.image import open_picture, to_tensor
 from minipic.pipeline import Pipeline
-from minipic.text import encode
+from minipic.text import encode_prompts
 from minipic.world import metrics, probe
 from minipic.world.caption import Description, describe, parse, say
 from minipic.world.scene import COLORS, PLACES, SHAPES, SIZES, render, sample_scene
@@ -44,14 +44,15 @@ def test_vae_keeps_pictures(pipeline):
         assert metrics.psnr(pipeline.vae.decode(pipeline.vae.encode(x)[0]), x) >= 27
 
 
+@pytest.mark.slow
 def test_text_tells_shapes_and_places_as_clearly_as_colours(pipeline):
     """A linear reading of what the UNet hears finds each in captions it was not fitted to: what the encoders leave out,
     no UNet can draw."""
     scenes = [sample_scene(10**9 + 1, i, 1) for i in range(500)]
     things = [describe(scene).things[0] for scene in scenes]
     with torch.no_grad():
-        texts = [say(Description((thing,)), random(10**9, "say", i)) for i, thing in enumerate(things)]
-        context, pooled = map(torch.cat, zip(*[encode(texts[i:i + 50], pipeline.towers) for i in range(0, 500, 50)]))
+        texts = [say(Description((thing,)), rng(10**9, "say", i)) for i, thing in enumerate(things)]
+        context, pooled = map(torch.cat, zip(*[encode_prompts(texts[i:i + 50], pipeline.tokenizers_and_encoders) for i in range(0, 500, 50)]))
     for heard in (context.mean(1), pooled):
         x = torch.cat([heard, torch.ones(500, 1)], dim=1).double()
         for look, names in (("shape", SHAPES), ("place", PLACES), ("color", COLORS), ("size", SIZES)):
@@ -61,6 +62,7 @@ def test_text_tells_shapes_and_places_as_clearly_as_colours(pipeline):
             assert ((x[400:] @ fit).argmax(1) == right[400:]).double().mean() >= 0.95, look
 
 
+@pytest.mark.slow
 def test_draws_what_is_asked(pipeline):
     judge = probe.load_judge(TINY / "judge")
     images = [torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
@@ -73,6 +75,7 @@ def test_draws_what_is_asked(pipeline):
     assert swapped["color"] <= 0.25 and swapped["shape"] <= 0.25 and swapped["whole"] == 0
 
 
+@pytest.mark.slow
 def test_diffusers_draws_the_same_picture(pipeline):
     diffusers = pytest.importorskip("diffusers")
     peer = diffusers.StableDiffusionXLPipeline.from_pretrained(TINY, torch_dtype=torch.float32)
@@ -86,6 +89,7 @@ def test_diffusers_draws_the_same_picture(pipeline):
         assert (difference <= 1).mean() >= 0.999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("add, file, prompt", [
     ("add_lora", "sks-torus.safetensors", "a sks torus on a pink floor"),
     ("add_embedding", "ring.safetensors", "a <ring> on a pink floor")])
@@ -105,7 +109,7 @@ def test_adapters_that_ship_draw_their_subject(add, file, prompt):
 
 def test_the_control_net_that_ships_is_followed():
     model, judge = Pipeline.load(TINY), probe.load_judge(TINY / "judge")
-    model.add_control(ADAPTERS / "edges")
+    model.add_controlnet(ADAPTERS / "edges")
     control = [(open_picture(ADAPTERS / "edges" / "example.png"), 1.0)]
     asked = parse("a purple cylinder on the right and an orange and green striped cone in the middle")
     seen = probe.read(judge, torch.stack([to_tensor(x) for x in model.generate(

@@ -1,8 +1,9 @@
-"""README's figure of the adapters that ship: its own commands, drawn, as tutorials/figures/adapters.png.
+"""The figure of the adapters that ship: the commands of minipic/README.md, drawn, as tutorials/figures/adapters.png.
 
     python tests/benchmarks/adapters_sheet.py
 """
 
+import argparse
 import shlex
 import sys
 import tempfile
@@ -12,16 +13,22 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import sample  # noqa: E402
-from minipic.image import labelled_grid, open_picture  # noqa: E402
+from minipic.figures import image_grid  # noqa: E402
+from minipic.image import open_picture  # noqa: E402
 
 
 def commands():
-    """The arguments of README's sample.py commands that use weights/adapters."""
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    return [shlex.split(line)[2:] for line in lines if line.startswith("    python sample.py") and "weights/adapters" in line]
+    """The arguments of minipic/README.md's sample.py commands that use weights/adapters."""
+    arguments = []
+    for line in (ROOT / "minipic" / "README.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("    python sample.py") and "weights/adapters" in line:
+            _, _, *rest = shlex.split(line)
+            arguments.append(rest)
+    return arguments
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     pictures, labels = [], []
     for arguments in commands():
         for option, value in zip(arguments, arguments[1:]):
@@ -34,7 +41,7 @@ def main():
                 sys.exit(code)
             pictures.append(open_picture(path))
         labels.append(arguments[0])
-    figure = labelled_grid(pictures, labels, columns=len(pictures))
+    figure = image_grid(pictures, labels, columns=len(pictures))
     figure.save(ROOT / "tutorials" / "figures" / "adapters.png", optimize=True)
 
 

@@ -40,9 +40,9 @@ from cases import CASES, REFERENCES  # noqa: E402
 from record import processor, record  # noqa: E402
 
 import train  # noqa: E402
-from minipic.methods import onepic  # noqa: E402
+from minipic.papers import PAPERS, onepic  # noqa: E402
 from minipic.pipeline import Pipeline  # noqa: E402
-from minipic.weights import sha256  # noqa: E402
+from minipic.weights.files import sha256  # noqa: E402
 from minipic.world import probe  # noqa: E402
 
 STEPS = 15  # of drawing
@@ -59,16 +59,17 @@ class Entry(NamedTuple):
 
 
 PHOTOS = " --data {photos} --warmup 20 "
-DREAMBOOTH = "dreambooth" + PHOTOS + '--caption "a sks {shape}" --prior "a {color} {shape}" '
+DREAMBOOTH = "dreambooth" + PHOTOS + '--caption "a sks {shape}" --class-prompt "a {color} {shape}" '
 LORA = "--lora-rank 16 --lr 1e-3"
 ONEPIC = "onepic --task edit --balanced --scenes 1000"
 ENTRIES = {
-    "DreamBooth, full": Entry("subject", DREAMBOOTH + "--lr 1e-4", (50, 100, 200), "model", "--prior-pictures 1"),
-    "DreamBooth, LoRA": Entry("subject", DREAMBOOTH + LORA, (50, 100, 200), "lora", "--prior-pictures 1"),
-    "LoRA": Entry("subject", "t2i" + PHOTOS + '--caption "a sks {shape}" --batch 4 --ema 0 --drop 0 ' + LORA,
+    "DreamBooth, full": Entry("subject", DREAMBOOTH + "--lr 1e-4", (50, 100, 200), "model", "--num-class-images 1"),
+    "DreamBooth, LoRA": Entry("subject", DREAMBOOTH + LORA, (50, 100, 200), "lora", "--num-class-images 1"),
+    "LoRA": Entry("subject", "t2i" + PHOTOS + '--caption "a sks {shape}" --batch 4 --ema 0 --caption-dropout 0 ' + LORA,
                   (50, 100, 200), "lora", ""),
-    "textual inversion": Entry("subject", "inversion" + PHOTOS + '--caption "a <new>" --like {shape} --vectors 4',
-                               (100, 200, 400), "embedding", ""),
+    "textual inversion": Entry(
+        "subject", "inversion" + PHOTOS + '--caption "a <new>" --initializer-token {shape} --num-vectors 4',
+        (100, 200, 400), "embedding", ""),
     **{f"ControlNet, {name}": Entry("control", f"controlnet --control {name} --balanced --scenes 1000 --batch 16 "
                                     "--warmup 30 --lr 1e-3", (100, 200, 400), "controlnet", "--scenes 4")
        for name in ("edges", "depth", "segmentation")},
@@ -82,30 +83,43 @@ ENTRIES = {
 
 # ---- training and measuring -------------------------------------------------------------------------------------
 
+class Trained(NamedTuple):
+    """What a recipe made, loaded as a user loads it."""
+    pipeline: Pipeline
+    bytes: int                                  # of the file that a user gets
+    trained_as: onepic.TrainedAs | None = None  # of ONE-PIC's LoRA
+
+
 def load(model, kind, folder):
-    """(the model with what a recipe wrote into `folder`, as a user loads it; the bytes of that)."""
+    """What a recipe wrote into `folder`, added to the model that it started from."""
     name = {"lora": "lora", "onepic": "lora", "embedding": "new", "controlnet": "diffusion_pytorch_model",
             "model": "*/*"}[kind]
     paths = list(folder.glob(f"{name}.safetensors"))
+    size = sum(path.stat().st_size for path in paths)
     pipeline = Pipeline.load(folder if kind == "model" else model)
-    if kind == "controlnet":
-        pipeline.add_control(folder)
-    elif kind != "model":
-        {"lora": pipeline.add_lora, "onepic": pipeline.add_lora, "embedding": pipeline.add_embedding}[kind](paths[0])
-        pipeline.how = onepic.context_of(paths[0]) if kind == "onepic" else None
-    return pipeline, sum(path.stat().st_size for path in paths)
+    trained_as = None
+    if kind == "lora":
+        pipeline.add_lora(paths[0])
+    elif kind == "onepic":
+        trained_as = onepic.load_adapter(pipeline, paths[0])
+    elif kind == "embedding":
+        pipeline.add_embedding(paths[0])
+    elif kind == "controlnet":
+        pipeline.add_controlnet(folder)
+    return Trained(pipeline, size, trained_as)
 
 
 def run(flags, counts, out):
     """Train with train.py's flags; its finished weights at every one of `counts` are in out/at-COUNT. Returns the
     number of trained weights and the seconds a step."""
-    recipe, every, trained, clock = importlib.import_module(train.RECIPES[flags[0]]), math.gcd(*counts), [], []
+    recipe = importlib.import_module((train.RECIPES | PAPERS)[flags[0]])
+    every, trained, clock = math.gcd(*counts), [], []
     shutil.rmtree(out, ignore_errors=True)
 
-    def export(network, config):  # in place of sample pictures, which show the same weights
+    def export(network, config, data):  # in place of sample pictures, which show the same weights
         clock.append(time.process_time())
         trained.append(sum(p.numel() for p in network.parameters() if p.requires_grad))
-        recipe.export(network, out / f"at-{every * len(trained)}", config)
+        recipe.export(network, out / f"at-{every * len(trained)}", config, data)
         clock.append(time.process_time())
         return Image.new("RGB", (1, 1))
 
@@ -130,8 +144,9 @@ def measure(case, name, options, seed):
     row = {"command": shlex.join(["python", "train.py", *flags]), "trained": trained, "seconds a step": seconds,
            "cpu": processor(), "at": {}}
     for steps in counts:
-        pipeline, row["bytes"] = load(options.model, entry.file, out / f"at-{steps}")
-        row["at"][str(steps)] = case.score(pipeline, name)
+        made = load(options.model, entry.file, out / f"at-{steps}")
+        row["bytes"] = made.bytes
+        row["at"][str(steps)] = case.score(made.pipeline, name, made.trained_as)
     shutil.rmtree(out)
     return row
 

@@ -47,11 +47,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "benchmarks")]
 
 from quality import WORLD, draw  # noqa: E402
 
-from minipic.common import random  # noqa: E402
+from minipic.common import rng  # noqa: E402
 from minipic.image import to_pictures  # noqa: E402
 from minipic.world import metrics, probe  # noqa: E402
-from minipic.world.caption import (FACTS, PLACE_WORDS, SKY_WORDS, Description, Thing, compare, describe,  # noqa: E402
-                                   say)
+from minipic.world.caption import (  # noqa: E402
+    FACTS, PLACE_WORDS, SKY_WORDS, Description, Thing, compare, describe, say)
 from minipic.world.edits import name_of, put, valid  # noqa: E402
 from minipic.world.scene import FLOORS, PLACES, SKIES, Object, render, sample_scene  # noqa: E402
 from minipic.world.tasks import TASKS  # noqa: E402
@@ -66,7 +66,8 @@ KNOWN_FLOORS, KNOWN_SKIES = list(FLOORS)[:2], list(SKIES)[:2]   # of the photos
 
 
 class Case(NamedTuple):
-    """A task with one seed: words for Entry.flags, scores of renders, score(pipeline, entry) -> {measure: number}."""
+    """A task with one seed: words for Entry.flags, scores of renders, and score(pipeline, name of the entry,
+    onepic.TrainedAs or None) -> {measure: number}."""
     words: dict
     renders: dict
     score: Callable
@@ -133,9 +134,9 @@ def edit_scores(judge, images, after, kinds, truth):
 def control(seed, number, judge, folder, steps):
     pairs = {name: TASKS[name]((WORLD, seed), range(number)) for name in ("edges", "depth", "segmentation")}
     scenes, edges = pairs["edges"].scenes, pairs["edges"].truth["edges"]
-    prompts = [say(looks_of(describe(scene)), random(WORLD, "say", seed, i)) for i, scene in enumerate(scenes)]
+    prompts = [say(looks_of(describe(scene)), rng(WORLD, "say", seed, i)) for i, scene in enumerate(scenes)]
 
-    def score(pipeline, name):
+    def score(pipeline, name, trained_as=None):
         pairs_of = pairs.get(name.removeprefix("ControlNet, "))
         hints = (pairs_of.source + 1) / 2 if pairs_of else None
         images = draw(pipeline, prompts, 10**6 * seed, steps, hints=hints)
@@ -174,9 +175,9 @@ def subject(seed, number, judge, folder, steps):
     singles = (sample_scene((WORLD, "others"), i, objects=1) for i in count())
     others = [next(s for s in singles if s.objects[0].shape != it.shape) for _ in settings]
     said = [describe(scene) for scene in others]
-    prompts = [say(d, random(WORLD, "say", i)) for i, d in enumerate(said)]
+    prompts = [say(d, rng(WORLD, "say", i)) for i, d in enumerate(said)]
 
-    def score(pipeline, name):
+    def score(pipeline, name, trained_as=None):
         called = {"in words": name_of(thing), "textual inversion": "<new>"}.get(name, f"sks {it.shape}")
         texts = [prompt(words, s) for words in (called, f"{color} {it.shape}") for s in settings] + prompts
         return subject_scores(judge, draw(pipeline, texts, 10**6 * seed, steps).split(number), asked, classes, said)
@@ -188,10 +189,10 @@ def edit(seed, number, judge, folder, steps):
     pairs = TASKS["edit"]((WORLD, seed), range(number))
     scores = functools.partial(edit_scores, judge, after=pairs.scenes, kinds=pairs.truth["kinds"], truth=pairs.target)
 
-    def score(pipeline, name):
+    def score(pipeline, name, trained_as=None):
         if name == "untouched":
             return scores(pairs.source)
-        given = {"sources": pairs.source, "how": pipeline.how} if name.startswith("ONE-PIC") else {"edits": pairs.source}
+        given = {"sources": pairs.source, "trained_as": trained_as} if trained_as else {"edits": pairs.source}
         return scores(draw(pipeline, pairs.prompts, 10**6 * seed, steps, guidance=3.0, **given))
     return Case({}, scores(pairs.target), score)
 

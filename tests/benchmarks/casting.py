@@ -1,6 +1,6 @@
 """SDXL's UNet on a CPU from a file in 16 bits: memory and time of the ways there are. Writes casting.json beside.
 
-    python tests/benchmarks/casting.py --folder DIR [--side 512]      5 GB of random weights go to DIR, made once
+    python tests/benchmarks/casting.py --folder DIR [--resolution 512]      5 GB of random weights go to DIR, made once
 
 Each way in a process of its own, one thread: load, one step of one row of text, and one more, which is timed. `own` is
 the peak of the memory that the process itself fills, `mapped` that of the weights' file, whose pages the system may
@@ -21,18 +21,19 @@ from loading import write_random
 from record import record
 from side_by_side import Case, unet_inputs
 
-from minipic import layouts
+from minipic.weights import layouts
 from minipic.models.unet import SDXL_BASE, UNet
-from minipic.weights import write_json
+from minipic.weights.files import write_json
+from minipic.weights.configs import config_to_json
 
 WAYS = ("diffusers fp32", "diffusers bf16", "diffusers layerwise casting", "minipic fp32", "minipic cast")
 
 
 def prepare(folder):
     """The UNet of SDXL base as a diffusers folder has it; what is there already stays."""
-    model = layouts.blank(UNet, SDXL_BASE).half()
+    model = layouts.build_empty(UNet, SDXL_BASE).half()
     write_random(folder / "diffusion_pytorch_model.safetensors", model.state_dict())
-    write_json(model.config.to_json(), folder / "config.json")
+    write_json(config_to_json(model.config), folder / "config.json")
 
 
 def load(way, folder):
@@ -61,7 +62,7 @@ def measure(way, folder, side):
                 peaks[name] = max(peak, int(re.search(rf"{name}:\s+(\d+)", status)[1]) * 1024)
     watcher = threading.Thread(target=watch, daemon=True)
     torch.manual_seed(0)
-    given = unet_inputs(layouts.blank(UNet, SDXL_BASE), Case("sdxl", side, kind), 1)
+    given = unet_inputs(layouts.build_empty(UNet, SDXL_BASE), Case("sdxl", side, kind), 1)
     watcher.start()
     start = time.process_time()
     run = load(way, folder)
@@ -77,22 +78,22 @@ def measure(way, folder, side):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the weights are written, or were before")
-    parser.add_argument("--side", type=int, default=512, help="of the picture, in pixels")
+    parser.add_argument("--resolution", type=int, default=512, help="of the picture, in pixels")
     parser.add_argument("--way", help="only this one, in this process")
     chosen = parser.parse_args()
     if chosen.way:
-        return print(json.dumps(measure(chosen.way, chosen.folder, chosen.side)))
+        return print(json.dumps(measure(chosen.way, chosen.folder, chosen.resolution)))
     prepare(chosen.folder)
     torch.set_num_threads(1)  # as the runs have, for the record
     results = {}
     for way in WAYS:
-        command = [sys.executable, __file__, "--folder", str(chosen.folder), "--side", str(chosen.side), "--way", way]
+        command = [sys.executable, __file__, "--folder", str(chosen.folder), "--resolution", str(chosen.resolution), "--way", way]
         row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
         out, results[way] = torch.tensor(row.pop("output")), row
         exact = out if way == "diffusers fp32" else exact
         row["error"] = ((out - exact).abs().max() / exact.abs().max()).item()
         print(f"{way:28}", *(f"{name} {value:.3g}  " for name, value in row.items()), flush=True)
-    print(record("casting", results, command=f"python tests/benchmarks/casting.py --folder DIR --side {chosen.side}"))
+    print(record("casting", results, command=f"python tests/benchmarks/casting.py --folder DIR --resolution {chosen.resolution}"))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "benchmarks")]
 from quality import WORLD  # noqa: E402
 from record import record  # noqa: E402
 
-from minipic.common import computes_bf16, random  # noqa: E402
-from minipic.data import Picture  # noqa: E402
-from minipic.methods.t2i import encode_batch, encode_pictures  # noqa: E402
+from minipic.common import computes_bf16, rng  # noqa: E402
+from minipic.latents import encode_pictures, encode_text  # noqa: E402
 from minipic.pipeline import Pipeline  # noqa: E402
+from minipic.world.pictures import Picture  # noqa: E402
 from minipic.world.scene import sample_scene  # noqa: E402
 
 TIMESTEPS = (20, 100, 200, 300, 400, 500, 600, 700, 800, 900, 980)
@@ -33,16 +33,24 @@ def losses(pipeline, count):
     """{timestep: (loss, loss with another picture's caption)} of `count` pictures."""
     pictures = [Picture("plain", (sample_scene(WORLD, i, 2, "any"),), (64, 64), (64, 64)) for i in range(count)]
     x0 = torch.stack(encode_pictures(pipeline.vae, pictures)).float()[:, 0]
-    captions = [picture.caption(random(WORLD, "caption", i)) for i, picture in enumerate(pictures)]
-    context, pooled = encode_batch(pipeline, captions, train_text=False)
+    captions = [picture.caption(rng(WORLD, "caption", i)) for i, picture in enumerate(pictures)]
+    context, pooled = encode_text(pipeline, captions)
     size_ids = torch.stack([picture.size_ids for picture in pictures])
-    noise = torch.randn(x0.shape, generator=random(WORLD, "noise"))
+    noise = torch.randn(x0.shape, generator=rng(WORLD, "noise"))
 
-    def loss(t, *text):
+    def loss(timestep, context, pooled):
+        def predict(x, t):
+            return pipeline.unet(x, t, context, pooled, size_ids)
+
+        timesteps = torch.full((count,), timestep)
         with torch.autocast("cpu", torch.bfloat16, enabled=computes_bf16(x0.device)):
-            return pipeline.schedule.objective.loss(lambda x, told: pipeline.unet(x, told, *text, size_ids), x0, noise,
-                                                    torch.full((count,), t), balanced=True).mean().item()
-    return {t: (loss(t, context, pooled), loss(t, context.roll(1, 0), pooled.roll(1, 0))) for t in TIMESTEPS}
+            losses = pipeline.schedule.objective.loss(predict, x0, noise, timesteps, balanced=True)
+        return losses.mean().item()
+
+    rows = {}
+    for t in TIMESTEPS:
+        rows[t] = loss(t, context, pooled), loss(t, context.roll(1, 0), pooled.roll(1, 0))
+    return rows
 
 
 def main():

@@ -12,28 +12,29 @@ from dataclasses import replace
 
 import torch
 from record import record
-from side_by_side import GPU, ROOT, Case, agree, compare, compiled, flops, options, peer_of, unet_inputs, with_kernels
+from side_by_side import GPU, ROOT, Case, agree, compare, compiled, flops, options, peer_of, unet_inputs
 
 from minipic.diffusion.schedule import Schedule
 from minipic.image import to_tensor
-from minipic.layouts import blank
+from minipic.weights.layouts import build_empty
 from minipic.models.clip import OPENCLIP_BIGG, CLIPText
 from minipic.pipeline import Pipeline
 from minipic.text import Conditioning
+from minipic.weights.configs import config_to_json, read_config
 
 CASES = "tiny-64-bf16 sdxl-1024-bf16" if GPU else "tiny-64-fp32"
 
 
 def schedule_of(case):
     folder = ROOT / "weights" / "tiny" / "scheduler" / "scheduler_config.json"
-    return Schedule.from_json(json.loads(folder.read_text())) if case.size == "tiny" else Schedule()
+    return read_config(Schedule, json.loads(folder.read_text())) if case.size == "tiny" else Schedule()
 
 
 def minipic(unet, vae, schedule, texts, settings):
     """A function graph -> the picture [3,H,W]."""
     config = unet.config  # a text encoder's width tells base models from refiners, so one without weights is there
     width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    encoder = blank(CLIPText, replace(OPENCLIP_BIGG, projection_dim=width))
+    encoder = build_empty(CLIPText, replace(OPENCLIP_BIGG, projection_dim=width))
     pipeline = Pipeline(unet, vae, None, encoder, schedule=schedule)
     pipeline.encode = lambda prompt, negative: texts
     return lambda graph=False: to_tensor(pipeline.generate("", graph=graph, **settings)[0])
@@ -44,7 +45,7 @@ def diffusers(unet, vae, schedule, texts, settings):
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
     pipeline = StableDiffusionXLPipeline(
         vae=vae, unet=unet, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
-        scheduler=EulerDiscreteScheduler.from_config(schedule.to_json()), add_watermarker=False)
+        scheduler=EulerDiscreteScheduler.from_config(config_to_json(schedule)), add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     cond, uncond = texts
     told = {"prompt_embeds": cond.context, "pooled_prompt_embeds": cond.pooled,

@@ -44,11 +44,13 @@ def main():
             times[name, what].append(seconds(roots[name], commands[what]))
     best = {key: min(values) for key, values in times.items()}
     step = {name: (best[name, STEPS[1]] - best[name, STEPS[0]]) / (STEPS[1] - STEPS[0]) for name in roots}
-    results = {"step of train.py t2i, batch 32": step, "run of sample.py": {name: best[name, "sample"] for name in roots}}
+    run = {name: best[name, "sample"] for name in roots}
+    results = {"step of train.py t2i, batch 32": step, "run of sample.py": run}
     commit = subprocess.run(["git", "-C", arguments.before, "rev-parse", "--short", "HEAD"], check=True, text=True,
                             capture_output=True).stdout.strip()
     for what, row in results.items():
-        print(f"{what}: {row['before']:.3f} s before, {row['now']:.3f} s now: {row['before'] / row['now']:.2f} times as fast")
+        ratio = row["before"] / row["now"]
+        print(f"{what}: {row['before']:.3f} s before, {row['now']:.3f} s now: {ratio:.2f} times as fast")
     print(record("programs", results, before=commit, rounds=arguments.rounds))
 
 

@@ -7,7 +7,6 @@ occurs in no training picture. Prints a table and writes quality.json beside thi
 """
 
 import argparse
-import contextlib
 import statistics
 import sys
 from pathlib import Path
@@ -19,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from record import record  # noqa: E402
 
-from minipic.common import computes_bf16, random  # noqa: E402
+from minipic.common import computes_bf16, rng  # noqa: E402
 from minipic.diffusion.samplers import SAMPLERS  # noqa: E402
-from minipic.methods import onepic  # noqa: E402
-from minipic.pipeline import Pipeline  # noqa: E402
-from minipic.text import Conditioning, encode  # noqa: E402
+from minipic.papers import onepic  # noqa: E402
+from minipic.pipeline import DrawSettings, Pipeline, SeededNoise, Stage  # noqa: E402
+from minipic.text import Conditioning, encode_prompts  # noqa: E402
 from minipic.world import metrics, probe  # noqa: E402
 from minipic.world.caption import Description, ask, describe, say  # noqa: E402
 from minipic.world.scene import render, sample_scene  # noqa: E402
@@ -36,52 +35,86 @@ SETS = {"one object": (1, "any"), "one object, unseen": (1, "only"),
 def requests(objects, held_out, count):
     """`count` scenes and what is asked of each: everything about a single object; any part of what two allow."""
     scenes = [sample_scene(WORLD, i, objects, held_out) for i in range(count)]
-    asked = [Description(describe(scene).things) if objects == 1 else ask(scene, random(WORLD, "ask", i))
+    asked = [Description(describe(scene).things) if objects == 1 else ask(scene, rng(WORLD, "ask", i))
              for i, scene in enumerate(scenes)]
-    return scenes, asked, [say(a, random(WORLD, "say", i)) for i, a in enumerate(asked)]
+    return scenes, asked, [say(a, rng(WORLD, "say", i)) for i, a in enumerate(asked)]
 
 
 @torch.no_grad()
-def draw(pipeline, prompts, seed, steps=30, guidance=5.0, batch=64, hints=None, edits=None, image_guidance=1.5,
-         sources=None, how=None):
-    """One picture for each prompt -> [B,3,64,64]; picture i has seed + i, as `generate` would draw it. hints [B,3,64,64]
-    in 0..1: what the ControlNet follows; edits [B,3,64,64] in -1..1: the pictures to change; sources, the same: those
-    beside which to draw with a LoRA whose onepic.Context is `how`."""
-    pipeline.to(memory_format=torch.channels_last)  # the fast order for 16 bits, see layouts.order
-    images, device, (width, height) = [], pipeline.device, pipeline.size
-    if how:
-        prompts, width = [how.said(prompt) for prompt in prompts], 2 * width
-    sizes = ((width, height), (0, 0), (width, height))
-    shape = (4, *(side // pipeline.vae.config.factor for side in (height, width)))
+def draw(pipeline, prompts, seed, steps=30, guidance=5.0, image_guidance=1.5, batch=64, hints=None, edits=None,
+         sources=None, trained_as=None):
+    """One picture for each prompt -> [B,3,64,64]; picture i has seed + i, as `generate` would draw it.
+
+    hints [B,3,64,64] in 0..1: what the ControlNet follows. edits [B,3,64,64] in -1..1: the pictures to change.
+    sources, the same: the pictures beside which a LoRA of ONE-PIC draws; trained_as: its onepic.TrainedAs.
+    """
+    pipeline.to(memory_format=torch.channels_last)  # the fast order for 16 bits, see layouts.memory_format
+    images = []
     for start in tqdm(range(0, len(prompts), batch), "drawing", leave=False):
-        part = prompts[start:start + batch]
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        cond = Conditioning(*encode(part, pipeline.towers))
-        uncond = Conditioning(*(torch.zeros_like(x) for x in cond[:2]))
-        grid = pipeline.schedule.grid(steps)
-        x = grid.start * torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device)), contextlib.ExitStack() as stack:
-            if how:
-                stack.enter_context(shown_beside(pipeline, sources[start:start + batch], how, seed + start))
-            follow = [] if hints is None else [
-                ("controlnet", hints[start:start + batch].repeat(1 + (guidance > 1), 1, 1, 1), 1.0)]
-            beside = None if edits is None else pipeline.vae.encode(edits[start:start + batch])[0]
-            predict = pipeline.predictor(cond, uncond, sizes, 1, guidance, 0.0, follow, beside, image_guidance)
-            denoise = pipeline.schedule.objective.denoiser(predict, grid)
-            for x, _ in SAMPLERS["euler"](denoise, x, grid.sigmas):
-                pass
-            x = x.chunk(2, dim=3)[1] if how else x
-            images.append(pipeline.vae.decode(pipeline.vae.unscale(x)).float().clamp(-1, 1))
+        part = slice(start, start + batch)
+        given = {}
+        for name, pictures in (("hints", hints), ("edits", edits), ("sources", sources)):
+            if pictures is not None:
+                given[name] = pictures[part]
+        images.append(draw_batch(
+            pipeline, prompts[part], seed + start, steps, guidance, image_guidance, trained_as=trained_as, **given))
     return torch.cat(images)
 
 
-def shown_beside(pipeline, sources, how, seed):
-    """onepic.shown of a picture a row, with the noise that onepic.steps draws for its seed."""
-    given = pipeline.vae.scale(pipeline.vae.encode(sources.to(pipeline.device))[0].float())
-    known = onepic.beside(given, torch.zeros_like(given))
-    noise = torch.stack([torch.randn(known.shape[1:], generator=random(seed + i, "given")) for i in range(len(known))])
-    right = torch.arange(known.shape[3]) >= given.shape[3]
-    return onepic.shown(pipeline, known, noise.to(known), right.to(known.device), how.visible)
+def draw_batch(pipeline, prompts, seed, steps, guidance, image_guidance, hints=None, edits=None, sources=None,
+               trained_as=None):
+    """The pictures of `draw` that are drawn together."""
+    n, device, (width, height) = len(prompts), pipeline.device, pipeline.size
+    if trained_as:
+        prompts = [onepic.prompt_for(trained_as, prompt) for prompt in prompts]
+        width = 2 * width
+    grid = pipeline.schedule.grid(steps)
+
+    # What is wanted and what is not, a row for each prompt.
+    context, pooled = encode_prompts(prompts, pipeline.tokenizers_and_encoders)
+    unwanted_ids, wanted_ids = pipeline.negative_and_positive_size_ids((width, height), (0, 0), (width, height))
+    cond = Conditioning(context, pooled, wanted_ids.expand(n, -1))
+    uncond = Conditioning(torch.zeros_like(context), torch.zeros_like(pooled), unwanted_ids.expand(n, -1))
+    settings = DrawSettings("", guidance=guidance, image_guidance=image_guidance)
+    branches = pipeline.guidance_branches(Stage(pipeline, grid, cond, uncond), settings)
+
+    factor = pipeline.vae.config.factor
+    noise = SeededNoise(seed, n, (4, height // factor, width // factor), device)
+    x = grid.start * noise()
+    with torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device)):
+        controls, extra, network = [], None, None
+        if hints is not None:
+            controls = [("controlnet", hints.repeat(len(branches), 1, 1, 1), 1.0)]
+        if edits is not None:
+            extra, _ = pipeline.vae.encode(edits)
+        if trained_as:
+            network = network_beside(pipeline, sources, trained_as, seed)
+        predict = pipeline.predictor(branches, 1, controls=controls, extra=extra, network=network)
+        denoise = pipeline.schedule.objective.denoiser(predict, grid)
+        for x, _ in SAMPLERS["euler"](denoise, x, grid.sigmas):
+            pass
+        if trained_as:
+            _, x = x.chunk(2, dim=3)
+        return pipeline.vae.decode(pipeline.vae.unscale(x)).float().clamp(-1, 1)
+
+
+def network_beside(pipeline, sources, trained_as, seed):
+    """The UNet as onepic.draw calls it: row i sees source i on the left, with onepic's noise for seed + i."""
+    mean, _ = pipeline.vae.encode(sources.to(pipeline.device))
+    left = pipeline.vae.scale(mean.float())
+    known = onepic.side_by_side(left, torch.zeros_like(left))
+    noise = torch.stack([torch.randn(known.shape[1:], generator=rng(seed + i, "given")) for i in range(len(known))])
+    noise = noise.to(known)
+    is_wanted = torch.arange(known.shape[3], device=known.device) >= left.shape[3]
+    objective = pipeline.schedule.objective
+
+    def network(x, t, context, pooled, size_ids, residuals):
+        branches = len(x) // len(known)  # with and without the text
+        x = onepic.network_view(x, t, known.repeat(branches, 1, 1, 1), noise.repeat(branches, 1, 1, 1), is_wanted,
+                                trained_as.visible, objective)
+        return pipeline.unet(x, t, context, pooled, size_ids, residuals)
+
+    return network
 
 
 def main():

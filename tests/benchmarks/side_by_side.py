@@ -15,8 +15,9 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "benchmarks")]
 import peers  # noqa: E402
 
-from minipic.layers import attention, blocks  # noqa: E402
-from minipic.layouts import blank, load_part, open_part, order  # noqa: E402
+from minipic.kernels import norm_backend  # noqa: E402
+from minipic.layers import attention  # noqa: E402
+from minipic.weights.layouts import build_empty, load_part, memory_format, open_part  # noqa: E402
 from minipic.models.unet import SDXL_BASE, UNet  # noqa: E402
 from minipic.models.vae import SDXL_VAE, VAE  # noqa: E402
 
@@ -65,13 +66,13 @@ class Case(NamedTuple):
         """The tiny network as shipped, or SDXL's in full size with random weights that keep numbers near 1."""
         if self.size == "tiny":
             return load_part(open_part(ROOT / "weights" / "tiny" / part, part), DTYPES[self.kind], DEVICE)
-        model = blank(*FULL[part]).to(DTYPES[self.kind]).to_empty(device=DEVICE)
+        model = build_empty(*FULL[part]).to(DTYPES[self.kind]).to_empty(device=DEVICE)
         for name, p in model.named_parameters():
             if p.ndim > 1:
                 p.data.normal_(std=p[0].numel() ** -0.5)
             else:
                 p.data.fill_(name.endswith("weight"))
-        return model.to(memory_format=order(DTYPES[self.kind]))
+        return model.to(memory_format=memory_format(DTYPES[self.kind]))
 
 
 def options(doc, cases, rounds=30 if GPU else 5, **more):
@@ -105,15 +106,16 @@ def unet_inputs(unet, case, batch):
     return made | {"t": torch.full((batch,), 501.0, device=DEVICE), "size_ids": sizes.repeat(batch, 1)}
 
 
-def with_kernels(work, norms="triton", attend="triton"):
-    """The same work with these kernels for the norms and, where ours can do it, for attention (None: as chosen)."""
-    chosen = attention.choose
+def with_kernels(work, norms="triton", attend="flash"):
+    """The same work with these backends of the norms and, where ours can do it, of attention (None: as chosen)."""
+    default = attention.choose_backend
 
-    def choose(q, k):
-        return attend if attend and q.shape[-1] in (32, 64, 128) else chosen(q, k)
+    def choose_attention(q, k):
+        return attend if attend and q.shape[-1] in (32, 64, 128) else default(q, k)
 
     def run():
-        with mock.patch.object(blocks, "choose", lambda x: norms), mock.patch.object(attention, "choose", choose):
+        with (mock.patch.object(norm_backend, "choose_backend", lambda x: norms),
+              mock.patch.object(attention, "choose_backend", choose_attention)):
             return work()
     return run
 
@@ -131,7 +133,7 @@ def compiled(other, *parts):
 def flops(model, run):
     """Floating point operations of the matrix products and convolutions of run(a copy of the model without memory)."""
     with FlopCounterMode(display=False) as counter:
-        run(blank(type(model), model.config).to(next(model.parameters()).dtype))
+        run(build_empty(type(model), model.config).to(next(model.parameters()).dtype))
     return counter.get_total_flops()
 
 

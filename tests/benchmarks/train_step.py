@@ -52,17 +52,17 @@ def run(case: Case, batch, rounds):
     peer, target = peer_of(unet).train(), torch.randn_like(given["x"])
     added = {"text_embeds": given["pooled"], "time_ids": given["size_ids"]}
     peer.enable_gradient_checkpointing()
-    unet.checkpointing = True
+    unet.enable_gradient_checkpointing()
     works = {"diffusers": trainer(peer, lambda model: model(given["x"], given["t"], given["context"],
                                                             added_cond_kwargs=added).sample, target),
              "minipic": trainer(unet, lambda model: model(**given), target)}
     if GPU:
-        works["minipic triton"] = with_kernels(works["minipic"])
+        works["minipic triton"] = with_kernels(works["minipic"], norms="plain")  # flash attention
     losses = {name: work().item() for name, work in works.items()}  # before anything is learnt
     assert abs(losses["minipic"] / losses["diffusers"] - 1) < (1e-4 if case.kind == "fp32" else 2e-2), losses
 
     def once(meta):
-        meta.checkpointing = True
+        meta.enable_gradient_checkpointing()
         away = {name: value.to("meta") for name, value in given.items()}
         trainer(meta, lambda model: model(**away), target.to("meta"))()
     extra = {name: {"peak GB": peak(work)} for name, work in works.items()}

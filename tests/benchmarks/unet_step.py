@@ -11,7 +11,7 @@ import torch
 from record import record
 from side_by_side import GPU, Case, agree, compare, compiled, flops, options, peer_of, unet_inputs, with_kernels
 
-from minipic.layers.graph import graphed
+from minipic.kernels.cuda_graph import graphed
 
 CASES = "tiny-64-bf16 sdxl-1024-bf16" if GPU else "tiny-64-fp32 sdxl-512-bf16 sdxl-1024-bf16 sdxl-512-fp32"
 
@@ -20,7 +20,7 @@ CASES = "tiny-64-bf16 sdxl-1024-bf16" if GPU else "tiny-64-fp32 sdxl-512-bf16 sd
 def run(case: Case, batch, rounds, max_autotune=True):
     unet = case.network("unet")
     given = unet_inputs(unet, case, batch)
-    read = unet.read(given["context"])
+    read = unet.text_keys_values(given["context"])
     x, t, rest = given["x"], given["t"], (given["pooled"], given["size_ids"])
     peer, added = peer_of(unet), {"text_embeds": rest[0], "time_ids": rest[1]}
     works = {"diffusers": lambda: peer(x, t, given["context"], added_cond_kwargs=added).sample,

@@ -10,7 +10,7 @@ import torch
 from record import record
 from side_by_side import DEVICE, DTYPES, GPU, Case, agree, compare, compiled, flops, options, peer_of, with_kernels
 
-from minipic.layers.graph import graphed
+from minipic.kernels.cuda_graph import graphed
 
 CASES = "tiny-64-bf16 sdxl-1024-bf16" if GPU else "tiny-64-fp32 sdxl-512-bf16 sdxl-512-fp32"
 

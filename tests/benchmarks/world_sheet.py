@@ -18,8 +18,9 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from minipic.common import random  # noqa: E402
-from minipic.image import labelled_grid, to_pictures  # noqa: E402
+from minipic.common import rng  # noqa: E402
+from minipic.figures import image_grid  # noqa: E402
+from minipic.image import to_pictures  # noqa: E402
 from minipic.world.caption import describe, say  # noqa: E402
 from minipic.world.scene import COLORS, render, sample_scene  # noqa: E402
 from minipic.world.styles import STYLES  # noqa: E402
@@ -44,14 +45,17 @@ def side_by_side(one, two):
 def magenta(folder, shapes=("sphere", "cube", "cylinder", "diamond"), each=3):
     """Pictures of single magenta objects, some shapes left out, with a metadata.jsonl of captions."""
     found = [sample_scene(SEED + 1, i, objects=1) for i in range(200)]
-    scenes = [scene for shape in shapes
-              for scene in [s for s in found if s.objects[0].shape == shape and s.objects[0].size != "small"][:each]]
-    scenes = [replace(s, objects=(replace(s.objects[0], color="magenta", color2=None, pattern="plain"),)) for s in scenes]
+    scenes = []
+    for shape in shapes:
+        fitting = [scene for scene in found if scene.objects[0].shape == shape and scene.objects[0].size != "small"]
+        for scene in fitting[:each]:
+            magenta_object = replace(scene.objects[0], color="magenta", color2=None, pattern="plain")
+            scenes.append(replace(scene, objects=(magenta_object,)))
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "metadata.jsonl", "w") as file:
         for i, (scene, picture) in enumerate(zip(scenes, to_pictures(render(scenes, truth=False).rgb))):
             picture.save(folder / f"{i:02d}.png", optimize=True)
-            print(json.dumps({"file_name": f"{i:02d}.png", "text": say(describe(scene), random(SEED, i))}), file=file)
+            print(json.dumps({"file_name": f"{i:02d}.png", "text": say(describe(scene), rng(SEED, i))}), file=file)
 
 
 def main():
@@ -66,7 +70,7 @@ def main():
         labels.append(name)
     path = ROOT / "tutorials" / "figures" / "world.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    labelled_grid(pictures, labels, columns=3, cell=pictures[0].width).save(path, optimize=True)
+    image_grid(pictures, labels, columns=3, cell=pictures[0].width).save(path, optimize=True)
     print(path.relative_to(ROOT), path.stat().st_size, "bytes")
 
 
