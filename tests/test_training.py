@@ -457,3 +457,13 @@ def test_inherited_settings_keep_their_choices_and_their_group(name):
             inherited, about = describe_field(base, field.name), describe_field(cls, field.name)
             assert inherited["group"] and about["group"] == inherited["group"]
             assert about["choices"] == inherited["choices"]
+
+
+def test_a_checkpoint_with_the_earlier_names_of_settings_goes_on(tmp_path):
+    saved = {"recipe": "t2i", "clip": 0.5, "drop": 0.1, "side": 64, "accumulate": 2, "lr": 1e-3, "cache": ""}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    (tmp_path / "manifest.json").write_text(json.dumps({"step": 3, "files": {}}))
+    settings = {"recipe": "t2i", "max_grad_norm": 0.5, "caption_dropout": 0.1, "resolution": 64, "lr": 1e-3, "steps": 9}
+    checkpoint.check_settings(tmp_path, settings)
+    with pytest.raises(InputError, match="max_grad_norm=0.5, not 1.0"):
+        checkpoint.check_settings(tmp_path, settings | {"max_grad_norm": 1.0})

@@ -67,8 +67,10 @@ def find_adapter(path: str | Path) -> tuple[str, Path]:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     for file in files:
         _, metadata = read_header(file)
-        if metadata.get("paper") in PAPERS:
-            return metadata["paper"], file
+        for name in PAPERS:
+            # Files from before there was the key "paper" have one that is called like the paper.
+            if metadata.get("paper") == name or name in metadata:
+                return name, file
     raise ParameterError(
         "adapter", f"{path} was made by none of the papers here ({', '.join(PAPERS)}); give an "
         "ordinary LoRA as lora, a ControlNet as controlnet")

@@ -27,6 +27,11 @@ from minipic.weights.files import flush, sha256, write_json
 MAY_CHANGE = (
     "steps", "scenes", "out", "save", "resume", "gradient_accumulation", "gradient_checkpointing",
     "fsdp", "save_every", "keep", "sample_every", "log_every")
+# Earlier names of settings, in checkpoints that were written under them.
+RENAMED = {
+    "clip": "max_grad_norm", "schedule": "lr_schedule", "drop": "caption_dropout",
+    "side": "resolution", "prior": "class_prompt", "prior_pictures": "num_class_images",
+    "prior_weight": "prior_loss_weight", "like": "initializer_token", "vectors": "num_vectors"}
 
 
 # ---- the state of a run --------------------------------------------------------------------------
@@ -193,7 +198,9 @@ def check_settings(folder: Path, config: dict):
 
     Raises InputError if a setting that decides what is trained differs, or the steps are too few.
     """
-    saved = json.loads((folder / "config.json").read_text())
+    saved = {}
+    for key, value in json.loads((folder / "config.json").read_text()).items():
+        saved[RENAMED.get(key, key)] = value
     as_saved = json.loads(json.dumps(config))  # tuples become lists, as in the file
     for key, value in as_saved.items():
         if key not in MAY_CHANGE and saved.get(key) != value:
