@@ -119,6 +119,7 @@ def test_draws_the_same_from_half_the_memory(kind, dtype, tmp_path):
                                                  plain.state_dict().values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capabilities", [
     ("avx512_bf16",), pytest.param((), marks=pytest.mark.slow),
     pytest.param(("avx512_bf16", "amx_tile"), marks=pytest.mark.slow)], ids=lambda c: "+".join(c) or "neither")

@@ -9,7 +9,7 @@ from tiny import build, folder
 
 import sample
 import train
-from minipic.common import InputError
+from minipic.common import InputError, ParameterError
 from minipic.image import open_picture, to_pictures
 from minipic.pipeline import Pipeline
 from minipic.weights import read_weights, save_weights
@@ -86,6 +86,19 @@ def test_files_come_back_in_both_spellings(tmp_path):
     assert_loads(later, "<cat>", VECTORS)
 
 
+@pytest.mark.parametrize("first, second", [
+    ("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"), ("string_to_param.*", "clip_g"),
+    ("emb_params", "clip_g"), ("string_to_param", "clip_g"), ("*", "clip_g"), ("text_encoder", "text_encoder_2")])
+def test_the_encoders_have_several_names(first, second, tmp_path):
+    tensors = {first: VECTORS["text_encoder"], second: VECTORS["text_encoder_2"]}
+    save_weights(tensors, tmp_path / "cat.safetensors")
+    assert_loads(tmp_path / "cat.safetensors", None, VECTORS)
+    save_weights(tensors | {"string_to_token.*": torch.tensor(265)}, tmp_path / "cat.safetensors")
+    assert_loads(tmp_path / "cat.safetensors", None, VECTORS)
+    save_weights({second: tensors[second], first: tensors[first]}, tmp_path / "cat.safetensors")
+    assert_loads(tmp_path / "cat.safetensors", None, VECTORS)
+
+
 def test_one_vector_may_have_one_dimension(tmp_path):
     """As diffusers wrote it until 2023. A file that has nothing to do with it is left alone."""
     vector = VECTORS["text_encoder"][0]
@@ -109,7 +122,11 @@ def test_a_file_without_a_word_takes_its_own_name(tmp_path):
     ({"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(1, 1280)}, "its vectors are as wide as"),
     ({"clip_l": torch.zeros(1, 16), "clip_g": torch.zeros(2, 24)}, "is no textual inversion"),
     ({"clip_l": torch.zeros(1, 1, 16), "clip_g": torch.zeros(1, 1, 24)}, "is no textual inversion"),
+    ({"lora_unet_mid_block.lora_up.weight": torch.zeros(1, 16)},
+     r"is a LoRA \('lora_unet_mid_block.lora_up.weight'\); expected a textual inversion"),
     ({"<a>": torch.zeros(1, 16), "<b>": torch.zeros(1, 24)}, "is more than one word's vectors"),
+    ({"clip_l": torch.zeros(1, 16), "text_encoders_0": torch.zeros(1, 16)},
+     "is there in two spellings"),
     ({"clip_l": torch.zeros(1, 16, dtype=torch.int8), "clip_g": torch.zeros(1, 24)},
      "is no textual inversion"),
 ])
@@ -120,11 +137,41 @@ def test_what_does_not_fit_is_refused_by_name(tensors, words, tmp_path):
     assert "bad.safetensors" in str(error.value)
 
 
+@pytest.mark.parametrize("word", [3, b"<cat>", ["<cat>"], True])
+def test_a_word_is_a_text(word, tmp_path):
+    save_embedding(VECTORS, tmp_path / "cat.safetensors", "<cat>")
+    with pytest.raises(ParameterError, match="word: expected a text such as '<my-cat>', not "):
+        build().add_embedding(tmp_path / "cat.safetensors", word)
+
+
 def test_a_second_file_without_the_word_is_refused(tmp_path):
     save_weights({"<a>": torch.zeros(1, 16)}, tmp_path / "learned_embeds.safetensors")
     save_weights({}, tmp_path / "learned_embeds_2.safetensors")
-    with pytest.raises(InputError, match="is no textual inversion"):
+    with pytest.raises(InputError, match="_2.safetensors: expected the vectors of '<a>' alone"):
         build().add_embedding(tmp_path / "learned_embeds.safetensors")
+
+
+def test_a_file_that_is_refused_changes_nothing(tmp_path):
+    save_weights({"clip_l": torch.zeros(1, 16), "clip_g": torch.zeros(1, 24)}, tmp_path / "small.safetensors")
+    pipeline = build()
+    before = encoded(pipeline, "a small cube")
+    with pytest.raises(InputError, match="small.safetensors: the word 'small': 'small' already is a token"):
+        pipeline.add_embedding(tmp_path / "small.safetensors")
+    assert not pipeline.words and all(map(torch.equal, encoded(pipeline, "a small cube"), before))
+
+
+@pytest.mark.parametrize("word", ["\ud800", "a\nb", "\0", "\x1b[31m", "", " "])
+def test_a_word_that_no_prompt_can_hold_is_refused(word):
+    with pytest.raises(InputError, match="already is a token, or is no printable text; choose another"):
+        build().add_word(word, VECTORS)
+
+
+def test_a_whole_model_is_not_read_to_learn_that_it_is_no_word(tmp_path, monkeypatch):
+    monkeypatch.setattr("minipic.weights.embedding.stream", lambda *_: pytest.fail("the weights were read"))
+    for names in (("model.diffusion_model.out.0.bias", "betas"), ("a", "b", "c")):
+        save_weights({name: torch.zeros(3) for name in names}, tmp_path / "model.safetensors")
+        with pytest.raises(InputError, match="model.safetensors: .* is more than one word's vectors"):
+            build().add_embedding(tmp_path / "model.safetensors")
 
 
 def test_a_word_of_the_vocabulary_is_refused():
@@ -202,6 +249,7 @@ def test_training_moves_the_new_vectors_only(photos, tmp_path, capsys):
         assert words in "".join(capsys.readouterr())
 
 
+@pytest.mark.slow
 def test_dreambooth_keeps_what_the_model_drew_of_the_class(photos, tmp_path, capsys):
     flags = [
         "dreambooth", "--model", str(folder()), "--data", str(photos), "--caption", "a sks cube",
@@ -216,4 +264,9 @@ def test_dreambooth_keeps_what_the_model_drew_of_the_class(photos, tmp_path, cap
     row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert row["loss"] == pytest.approx(row["subject"] + 0.5 * row["prior"], rel=1e-5)
     assert row["subject"] != row["prior"]
-    assert train.main(flags) == 2 and "--class-prompt" in capsys.readouterr().err
+    kept.unlink()  # the one that is missing is drawn again, and no other
+    assert train.main([*flags, *more, "--resume", "latest"]) == 0
+    assert sorted(path.name for path in kept.parent.iterdir()) == ["0000.png", "0001.png"]
+    assert open_picture(kept).tobytes() == drawn.tobytes()
+    assert train.main(flags) == 2
+    assert "train.py: --class-prompt: say what the subject is one of" in capsys.readouterr().err

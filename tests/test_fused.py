@@ -199,7 +199,7 @@ def test_whole_networks_use_the_kernels_and_give_the_same_numbers(name, dtype, m
     def results():
         return torch.cat([value.flatten() for value in outputs(model, **given).values()])
     expected = results()
-    monkeypatch.setattr(norm_backend, "choose_backend", lambda x: "triton")
+    monkeypatch.setattr(norm_backend, "choose_norm_backend", lambda x: "triton")
     monkeypatch.setattr(attention, "choose_backend", lambda q, k: "sdpa" if name == "vae" else "flash")
     for module in (nn.GroupNorm, nn.LayerNorm):
         monkeypatch.setattr(module, "forward", None)

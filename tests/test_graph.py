@@ -71,6 +71,7 @@ def final(pipeline, **settings):
     return list(pipeline.latents(**({"prompt": tiny.PROMPT, "steps": 5, "n": 2, "negative": tiny.NEGATIVE} | settings)))[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [
     {}, {"sampler": "heun", "guidance_rescale": 0.7}, {"sampler": "dpmpp_2m", "guidance": 1.0, "size": (64, 48)},
     {"sampler": "euler_ancestral", "image": picture(), "strength": 0.9}, {"image": picture(), "mask": mask()},
@@ -116,7 +117,7 @@ def test_our_kernels_are_for_graphs_in_16_bits(graphs, monkeypatch):
     monkeypatch.setattr(norm_backend, "triton_works", lambda device: device == "cuda:0")
 
     def chosen(dtype, is_cuda=True):
-        return norm_backend.choose_backend(SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device="cuda:0"))
+        return norm_backend.choose_norm_backend(SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device="cuda:0"))
     found = []
     run = graphed(lambda x: found.append([chosen(torch.bfloat16), chosen(torch.float16), chosen(torch.float32),
                                           chosen(torch.bfloat16, is_cuda=False)]) or x + 1)

@@ -174,14 +174,25 @@ def test_clip_with_and_without_its_prefix(name):
 
 @pytest.mark.parametrize("name, ignored", [
     ("text_model.embeddings.position_ids", True), ("position_ids.weight", False),
-    ("logit_scale", True), ("denoiser.sigmas", True),
+    ("logit_scale", True), ("denoiser.sigmas", True), ("denoiser.log_sigmas", True),
     ("model_ema.diffusion_modelinput_blocks00weight", True),
     ("betas", True), ("decoder.betas", False),
     ("loss.logvar", True), ("decoder.loss.logvar", False),
     ("text_projection", False), ("conditioner.embedders.0.text_projection", True),
-    ("conditioner.embedders.1.model.text_projection", False)])
+    ("conditioner.embedders.0.transformer.text_projection.weight", True),
+    ("conditioner.embedders.1.model.text_projection", False),
+    ("conditioner.embedders.1.model.text_projection.weight", False)])
 def test_what_is_ignored(name, ignored):
     assert bool(keys.IGNORED.fullmatch(name)) == ignored
+
+
+@pytest.mark.parametrize("wrappers", [
+    "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "module.module.", "base_model.model._orig_mod.",
+    "_fsdp_wrapped_module._checkpoint_wrapped_module."])
+def test_wrappers_are_left_out_wherever_they_stand(wrappers):
+    for start in ("", "model.diffusion_model.", "unet.", "down_blocks.0."):
+        assert keys.unwrapped(f"{start}{wrappers}conv_in.bias") == f"{start}conv_in.bias"
+    assert keys.unwrapped("motion_module.my_orig_mod.x") == "motion_module.my_orig_mod.x"
 
 
 def unet_file(channels=4, width=2048):
@@ -203,6 +214,8 @@ CONV_IN = {"conv_in.weight": (320, 4, 3, 3)}
     (unet_file(width=768), "sd15"),
     (unet_file(channels=8, width=768), "sd15"),
     (unet_file(width=1024), "a Stable Diffusion 2 model"),
+    (unet_file() | {"model.diffusion_model.out.2.weight": (4, 320, 3, 3)},  # without the middle's transformer
+     "a distilled model whose UNet has fewer blocks, such as SSD-1B"),
     (unet_file(channels=5), "5 input channels"),
     (unet_file() | {"edm_mean": (1, 4, 1, 1)}, "a Playground 2.5 model"),
     ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (4, 640)}, "a LoRA"),
@@ -210,7 +223,8 @@ CONV_IN = {"conv_in.weight": (320, 4, 3, 3)}
     ({"unet.mid_block.attentions.0.proj_in.lora.down.weight": (4, 640)}, "a LoRA"),
     ({A_TO_K: (4, 768)}, "a LoRA"),
     ({A_TO_Q: (4, 640)}, "a LoRA"),
-    ({"lora_unet_mid_block.hada_w1_a": (4, 4)}, "a LoRA"),
+    ({"lora_unet_mid_block.hada_w1_a": (4, 4)}, "a LoHa"),
+    ({"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": (4, 4)}, "a LoRA"),
     ({"control_model.input_hint_block.0.weight": (16, 3, 3, 3)}, "a ControlNet"),
     ({"controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3)} | CONV_IN, "a ControlNet"),
     (HINT | {"time_embed.0.weight": (1280, 320)}, "a ControlNet"),
@@ -224,6 +238,19 @@ CONV_IN = {"conv_in.weight": (320, 4, 3, 3)}
     ({"first_stage_model.encoder.conv_in.weight": (1,),
       "first_stage_model.decoder.conv_in.weight": (1,)}, "vae"),
     (CONV_IN, "a UNet alone"),
+    ({"input_blocks.0.0.weight": (320, 4, 3, 3)}, "a UNet alone"),
+    ({"adapter.body.0.in_conv.weight": (1,)} | CONV_IN, "a T2I-Adapter"),
+    ({"body.0.block1.weight": (1,)} | CONV_IN, "a T2I-Adapter"),
+    ({"image_proj.proj.weight": (1,), "ip_adapter.1.to_k_ip.weight": (1,)}, "an IP-Adapter"),
+    (unet_file() | {"edm_vpred.sigma_max": ()}, "a CosXL model"),
+    ({"model.diffusion_model.clip_txt_mapper.weight": (1,)}, "a Stable Cascade model"),
+    ({"adaln_single.linear.weight": (1,)}, "a diffusion transformer"),
+    ({"model.diffusion_model.cap_embedder.0.weight": (1,)}, "a diffusion transformer"),
+    ({"encoder.block.0.layer.0.SelfAttention.k.weight": (1,)}, "a T5 text encoder"),
+    ({"vision_model.embeddings.class_embedding": (1,)}, "a CLIP image encoder"),
+    ({"model.1.sub.0.RDB1.conv1.0.weight": (1,)}, "an upscaler"),
+    (unet_file() | {"model.diffusion_model.scaled_fp8": (0,)}, "a model with scaled 8-bit weights"),
+    (unet_file() | {"model.diffusion_model.out.2.weight.absmax": (1,)}, "a model with 4-bit weights"),
     ({"text_model.embeddings.token_embedding.weight": (49408, 768), "x": (1,), "y": (1,)},
      "a text encoder alone"),
     ({"layer.0.weight": (3, 3, 3)}, "no known model (its first tensor is 'layer.0.weight')"),

@@ -2,18 +2,58 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
-from goldens.make_samplers import (CONFIG, HERE, SHAPE, STD, STEPS, cases, draw_diffusers, draw_noise, gaussian,
-                                   generators)
+from goldens.make_samplers import (CLASSES, CONFIG, FLOW, FLOW_CLASSES, HERE, SHAPE, STD, STEPS, cases, draw_diffusers,
+                                   draw_noise, gaussian, generators, with_generators)
 from safetensors.torch import load_file
 
 from minipic.diffusion.samplers import SAMPLERS, keep_unmasked
-from minipic.diffusion.schedule import Schedule
+from minipic.diffusion.schedule import SAMPLER_OF, Schedule
 from minipic.weights.configs import read_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
+
+
+class Known(NamedTuple):
+    """What is known of a sampler."""
+
+    order: int | None  # of convergence; None for one that adds noise, which follows no single solution
+    calls: int  # of the network in three steps, the last of which goes to noise level 0
+    looks_back: bool = False  # whether a step uses the predictions of earlier ones
+
+
+KNOWN = {
+    "euler": Known(order=1, calls=3),
+    "euler_ancestral": Known(order=None, calls=3),
+    "ddim": Known(order=1, calls=3),
+    "dpmpp_2m": Known(order=2, calls=3, looks_back=True),
+    "heun": Known(order=2, calls=5),
+    "flow_euler": Known(order=1, calls=3),
+}
+PEERS = CLASSES | FLOW_CLASSES  # diffusers' class that draws the same
+WITHOUT_PEER = set()  # samplers that diffusers does not have
+K_DIFFUSION = load_file(HERE / "samplers_k_diffusion.safetensors")
+
+
+def test_the_tables_know_every_sampler():
+    assert KNOWN.keys() == SAMPLERS.keys()
+    assert PEERS.keys() == SAMPLERS.keys() - WITHOUT_PEER
+
+
+@pytest.mark.parametrize("sampler", PEERS)
+def test_a_file_that_names_a_scheduler_is_drawn_by_its_sampler(sampler):
+    named = SAMPLER_OF[PEERS[sampler]]
+    assert SAMPLERS[named] is SAMPLERS[sampler] and PEERS[named] == PEERS[sampler]
+    assert read_config(Schedule, config_of(sampler)).sampler == named
+
+
+def config_of(sampler):
+    """A scheduler_config.json of a model that the sampler can draw with, asking for it where diffusers has it."""
+    config = FLOW if sampler in FLOW_CLASSES else CONFIG
+    return config | {"_class_name": PEERS.get(sampler, config["_class_name"])}
 
 
 def last(steps):
@@ -21,10 +61,16 @@ def last(steps):
     return x
 
 
+def best_denoiser(schedule, grid):
+    """denoise(x, sigma) for N(0, STD^2) data on a grid."""
+    predict = gaussian(schedule.table.numpy(), schedule.prediction_type)
+    return schedule.objective.denoiser(predict, grid)
+
+
 def draw(schedule, sampler, steps=STEPS):
     """A whole drawing of N(0, STD^2) data -> the latent that a pipeline would decode."""
     grid, streams = schedule.grid(steps, sampler), generators()
-    denoise = schedule.objective.denoiser(gaussian(schedule.table.numpy(), schedule.prediction_type), grid)
+    denoise = best_denoiser(schedule, grid)
     x = grid.start * draw_noise(streams)
     x = last(SAMPLERS[sampler](denoise, x, grid.sigmas, lambda i: draw_noise(streams)))
     return schedule.objective.network_input(x, grid.sigmas[-1])
@@ -39,14 +85,17 @@ def test_equals_diffusers(sampler, spacing, karras, prediction):
     torch.testing.assert_close(draw(schedule, sampler), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("sampler, steps", [("euler", 7), ("euler_ancestral", 4), ("ddim", 30), ("dpmpp_2m", 8),
-                                            ("dpmpp_2m", 25), ("heun", 11)])
+@pytest.mark.parametrize("steps", [4, 7, 25])
+@pytest.mark.parametrize("sampler", PEERS)
 def test_equals_diffusers_live(sampler, steps):
     pytest.importorskip("diffusers")
-    for change in ({}, {"timestep_spacing": "trailing"}, {"set_alpha_to_one": True}, {"steps_offset": 0}):
-        if sampler == "ddim" and "timestep_spacing" in change:
-            continue  # its trailing grid is its own only where steps divide 1000
-        config = CONFIG | change
+    changes = [{}, {"timestep_spacing": "trailing"}, {"set_alpha_to_one": True}, {"steps_offset": 0}]
+    if sampler == "ddim" and 1000 % steps:
+        changes.pop(1)  # diffusers' DDIM leaves its own trailing grid where steps do not divide 1000
+    if sampler in FLOW_CLASSES:
+        changes = [{}, {"shift": 1.0}]
+    for change in changes:
+        config = config_of(sampler) | change
         latent = draw(read_config(Schedule, config), sampler, steps)
         torch.testing.assert_close(latent, draw_diffusers(sampler, config, steps)[0], rtol=0, atol=1e-5)
 
@@ -66,15 +115,13 @@ def test_ddim_step_equals_diffusers_on_any_spacing():
         torch.testing.assert_close(schedule.objective.network_input(x, sigmas[1]), xt, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "euler_ancestral"])
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name in K_DIFFUSION])
 def test_equals_k_diffusion(sampler):
-    golden = load_file(HERE / "samplers_k_diffusion.safetensors")
-
     def denoise(x, sigma):
         return x * STD**2 / (sigma**2 + STD**2)
 
-    x = last(SAMPLERS[sampler](denoise, golden["x"], golden["sigmas"], lambda i: golden["fresh"][i]))
-    torch.testing.assert_close(x, golden[sampler], rtol=0, atol=1e-5)
+    steps = SAMPLERS[sampler](denoise, K_DIFFUSION["x"], K_DIFFUSION["sigmas"], lambda i: K_DIFFUSION["fresh"][i])
+    torch.testing.assert_close(last(steps), K_DIFFUSION[sampler], rtol=0, atol=1e-5)
 
 
 def order(sampler, denoise, exact, sigmas):
@@ -84,23 +131,28 @@ def order(sampler, denoise, exact, sigmas):
     return math.log2(errors[0] / errors[1])
 
 
-@pytest.mark.parametrize("sampler, expected", [("euler", 1), ("ddim", 1), ("heun", 2), ("dpmpp_2m", 2)])
-def test_order_of_convergence(sampler, expected):
-    """For N(0, STD^2) data the solution through x is x * sqrt(sigma^2 + STD^2), up to a constant."""
-    found = order(sampler, lambda x, sigma: x * STD**2 / (sigma**2 + STD**2),
-                  lambda sigma: (sigma**2 + STD**2) ** 0.5 * torch.ones(1, dtype=torch.float64),
-                  lambda n: torch.logspace(1, -1, n + 1, dtype=torch.float64))
-    assert abs(found - expected) < 0.1, found
+@pytest.mark.parametrize("sampler", [name for name in KNOWN if KNOWN[name].order])
+def test_order_of_convergence(sampler):
+    """For N(0, STD^2) data the solution through x is in proportion to the standard deviation at its noise level.
 
+    That is sqrt(sigma^2 + STD^2), and on the line x = (1 - t) x0 + t noise it is sqrt((1 - t)^2 STD^2 + t^2).
+    """
+    def share_of_data(sigma):
+        return 1 - sigma if sampler in FLOW_CLASSES else 1.0
 
-def test_order_of_convergence_of_flow():
-    """On the line x = (1 - t) x0 + t noise the solution is x * sqrt((1 - t)^2 STD^2 + t^2)."""
-    def denoise(x, t):
-        return x * (1 - t) * STD**2 / ((1 - t) ** 2 * STD**2 + t**2)
+    def deviation(sigma):
+        return (share_of_data(sigma) ** 2 * STD**2 + sigma**2) ** 0.5 * torch.ones(1, dtype=torch.float64)
 
-    found = order("flow_euler", denoise, lambda t: ((1 - t) ** 2 * STD**2 + t**2) ** 0.5 * torch.ones(1).double(),
-                  lambda n: torch.linspace(1, 0, n + 1, dtype=torch.float64))
-    assert abs(found - 1) < 0.1, found
+    def denoise(x, sigma):
+        return x * share_of_data(sigma) * STD**2 / deviation(sigma) ** 2
+
+    def sigmas(n):
+        if sampler in FLOW_CLASSES:
+            return torch.linspace(1, 0, n + 1, dtype=torch.float64)
+        return torch.logspace(1, -1, n + 1, dtype=torch.float64)
+
+    measured = order(sampler, denoise, deviation, sigmas)
+    assert abs(measured - KNOWN[sampler].order) < 0.1, measured
 
 
 def test_one_step_of_flow_with_the_true_velocity_lands_on_the_data():
@@ -139,79 +191,98 @@ def test_noise_may_be_left_to_the_sampler(sampler):
     assert torch.equal(*draws)
 
 
-def test_calls_of_the_network():
-    """Steps with one call each, heun two but for the last; the noise is asked for once a step, in order."""
-    sigmas = torch.tensor([2.0, 1, 0.5, 0])
-    for name, count in [("euler", 3), ("euler_ancestral", 3), ("ddim", 3), ("dpmpp_2m", 3), ("heun", 5)]:
-        calls, asked = [], []
-        denoise, noise = lambda x, sigma: calls.append(sigma) or x * 0, lambda i: asked.append(i) or 0
-        last(SAMPLERS[name](denoise, torch.ones(2), sigmas, noise))
-        assert len(calls) == count and asked == ([0, 1, 2] if name == "euler_ancestral" else []), name
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_calls_of_the_network(sampler):
+    """A sampler that adds noise asks for it once per step, in order; the others never do."""
+    calls, asked = [], []
+
+    def denoise(x, sigma):
+        calls.append(sigma)
+        return x * 0
+
+    def noise(i):
+        asked.append(i)
+        return 0
+
+    last(SAMPLERS[sampler](denoise, torch.ones(2), torch.tensor([2.0, 1, 0.5, 0]), noise))
+    assert len(calls) == KNOWN[sampler].calls
+    assert asked == ([] if KNOWN[sampler].order else [0, 1, 2])
 
 
-def inpaint_diffusers(sampler, config, known, noise, mask, strength):
+def inpaint_diffusers(sampler, known, noise, mask, strength):
     """The loop of StableDiffusionXLInpaintPipeline with a four-channel UNet."""
     import diffusers
 
-    scheduler = getattr(diffusers, sampler).from_config(config)
+    scheduler = getattr(diffusers, CLASSES[sampler]).from_config(CONFIG)
     scheduler.set_timesteps(STEPS)
-    first = STEPS - int(STEPS * strength)
+    first = (STEPS - int(STEPS * strength)) * scheduler.order
     timesteps = scheduler.timesteps[first:]
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     predict = gaussian(Schedule().table.numpy(), "epsilon")
+    extra = with_generators(scheduler, generators())
     x = scheduler.add_noise(known, noise, timesteps[:1])
     for i, t in enumerate(timesteps):
-        x = scheduler.step(predict(scheduler.scale_model_input(x, t), t), t, x).prev_sample
+        x = scheduler.step(predict(scheduler.scale_model_input(x, t), t), t, x, **extra).prev_sample
         kept = known if i == len(timesteps) - 1 else scheduler.add_noise(known, noise, timesteps[i + 1:i + 2])
         x = (1 - mask) * kept + mask * x
     return x
 
 
-@pytest.mark.parametrize("sampler, scheduler", [("euler", "EulerDiscreteScheduler"), ("ddim", "DDIMScheduler"),
-                                                ("dpmpp_2m", "DPMSolverMultistepScheduler")])
+@pytest.mark.parametrize("sampler", CLASSES)
 @pytest.mark.parametrize("covers", ["all", "half"])
-def test_image_to_image_and_inpainting_equal_diffusers(sampler, scheduler, covers):
+def test_image_to_image_and_inpainting_equal_diffusers(sampler, covers):
     pytest.importorskip("diffusers")
     known, noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(1))
     mask = torch.ones(SHAPE[0], 1, *SHAPE[2:])
     if covers == "half":
         mask[..., :2] = 0
-    schedule = Schedule()
+    schedule, streams = Schedule(), generators()
     grid = schedule.grid(STEPS, sampler).strength(0.6)
-    denoise = schedule.objective.denoiser(gaussian(schedule.table.numpy(), "epsilon"), grid)
     x = schedule.objective.add_noise(known, noise, grid.sigmas[0])
-    steps = SAMPLERS[sampler](denoise, x, grid.sigmas)
+    steps = SAMPLERS[sampler](best_denoiser(schedule, grid), x, grid.sigmas, lambda i: draw_noise(streams))
     x = last(keep_unmasked(steps, schedule.objective.add_noise, known, noise, mask, grid.sigmas))
     x = schedule.objective.network_input(x, grid.sigmas[-1])
     x = mask * x + (1 - mask) * known
-    torch.testing.assert_close(x, inpaint_diffusers(scheduler, CONFIG, known, noise, mask, 0.6), rtol=0, atol=1e-5)
+    torch.testing.assert_close(x, inpaint_diffusers(sampler, known, noise, mask, 0.6), rtol=0, atol=1e-5)
 
 
-def test_keep_puts_the_known_part_back_at_every_level():
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_keep_puts_the_known_part_back_at_every_level(sampler):
     known, noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(1))
     mask = torch.ones(SHAPE[0], 1, *SHAPE[2:])
     mask[..., :2] = 0
-    sigmas, add_noise, seen = torch.tensor([9.0, 4, 1, 0]), Schedule().objective.add_noise, []
+    flow = sampler in FLOW_CLASSES
+    add_noise = read_config(Schedule, config_of(sampler)).objective.add_noise
+    sigmas = torch.tensor([0.9, 0.6, 0.3, 0] if flow else [9.0, 4, 1, 0])
+    seen = {}  # noise level: the known part of what the network saw there last, when a step began
 
     def denoise(x, sigma):
-        seen.append((x[..., :2].clone(), sigma))
+        seen[sigma.item()] = x[..., :2].clone()
         return x / (1 + sigma**2)
 
-    steps = SAMPLERS["euler"](denoise, add_noise(known, noise, sigmas[0]), sigmas)
+    streams = generators()
+    start = add_noise(known, noise, sigmas[0])
+    steps = SAMPLERS[sampler](denoise, start, sigmas, lambda i: draw_noise(streams))
     x = last(keep_unmasked(steps, add_noise, known, noise, mask, sigmas))
-    for part, sigma in seen:  # the network saw the edited x
-        torch.testing.assert_close(part, (known + sigma * noise)[..., :2])
+    assert list(seen) == sigmas[:-1].tolist()
+    for sigma, part in seen.items():  # the network saw the edited x
+        expected = (1 - sigma) * known + sigma * noise if flow else known + sigma * noise
+        torch.testing.assert_close(part, expected[..., :2])
     assert torch.equal(x[..., :2], known[..., :2]) and (x - known)[..., 2:].abs().max() > 0.1
 
 
-@pytest.mark.parametrize("sampler", ["euler", "ddim", "heun"])
-def test_handing_over_half_way_changes_nothing(sampler):
-    schedule = Schedule()
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_handing_over_changes_only_what_looks_back(sampler):
+    """Two models that draw together: the second goes on where the first stopped, without its past predictions."""
+    schedule = read_config(Schedule, config_of(sampler))
     grid = schedule.grid(STEPS, sampler)
-    denoise = schedule.objective.denoiser(gaussian(schedule.table.numpy(), "epsilon"), grid)
-    x = grid.start * draw_noise(generators())
-    whole = last(SAMPLERS[sampler](denoise, x, grid.sigmas))
-    for part in (grid.part(end=0.8), grid.part(start=0.8)):
-        x = last(SAMPLERS[sampler](denoise, x, part.sigmas))
-    assert torch.equal(x, whole)
+    results = []
+    for parts in ([grid], [grid.part(end=0.8), grid.part(start=0.8)]):
+        streams = generators()
+        x = grid.start * draw_noise(streams)
+        for part in parts:
+            x = last(SAMPLERS[sampler](best_denoiser(schedule, grid), x, part.sigmas, lambda i: draw_noise(streams)))
+        results.append(x)
+    assert torch.equal(*results) != KNOWN[sampler].looks_back
+    torch.testing.assert_close(*results, rtol=0, atol=0.02)

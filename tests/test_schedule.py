@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from goldens.make_samplers import CLASSES, CONFIG, HERE, STEPS, cases
+from goldens.make_samplers import CLASSES, CONFIG, FLOW, HERE, STEPS, cases
 from safetensors.torch import load_file
 
 from minipic.common import InputError, ParameterError
@@ -19,7 +19,6 @@ SD15 = {"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end
         "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "set_alpha_to_one": False, "steps_offset": 1,
         "skip_prk_steps": True, "trained_betas": None, "clip_sample": False}
 TURBO = CONFIG | {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}
-FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 
 
 def near(actual, expected, tolerance=1e-6):
@@ -127,13 +126,15 @@ def test_config_written_by_diffusers(name):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"_class_name": "LCMScheduler"}, "LCMScheduler.*EulerDiscreteScheduler"), ({"beta": 1}, "unknown key 'beta'"),
+    ({"_class_name": None}, "_class_name=None .*EulerDiscreteScheduler"), ({"beta": 1}, "unknown key 'beta'"),
     ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule: 'squaredcos_cap_v2'"),
     ({"prediction_type": "sample"}, "prediction_type: 'sample'"), ({"timestep_spacing": "even"}, "timestep_spacing"),
-    ({"beta_end": 2.0}, "beta_end: 2.0"), ({"final_sigmas_type": "sigma_min"}, "final_sigmas_type"), ({"clip_sample": True}, "clip_sample")])
+    ({"beta_end": 2.0}, "beta_end: 2.0"), ({"_class_name": ["EulerDiscreteScheduler"]}, "_class_name="), ({"final_sigmas_type": "sigma_min"}, "final_sigmas_type"), ({"clip_sample": True}, "clip_sample"),
+    ({"trained_betas": [0.01] * 1000}, "trained_betas=.0.01, ")])
 def test_refused_config(change, message):
-    with pytest.raises(InputError, match="here.json: .*" + message):
+    with pytest.raises(InputError, match="here.json: .*" + message) as caught:
         read_config(Schedule, CONFIG | change, "here.json")
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("change, words", [
@@ -153,10 +154,68 @@ def test_refused_config(change, message):
     ({"beta_schedule": "cosine"}, r"beta_schedule: 'cosine' is not supported \(supported: linear, scaled_linear\)"),
     ({"prediction_type": "sample"}, "prediction_type: 'sample' is not supported"),
     ({"timestep_spacing": "even"}, "timestep_spacing: 'even' is not supported"),
-    ({"class_name": "LCMScheduler"}, "class_name: 'LCMScheduler' is not supported")])
+    ({"class_name": 3}, "class_name: 3 is of the wrong type")])
 def test_a_schedule_checks_itself(change, words):
     with pytest.raises(ParameterError, match=f"^{words}"):
         Schedule(**change)
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # diffusers' own
+@pytest.mark.parametrize("name", [
+    "UniPCMultistepScheduler", "LCMScheduler", "DPMSolverSinglestepScheduler", "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler", "DDPMScheduler", "DEISMultistepScheduler", "TCDScheduler", "EDMEulerScheduler",
+    "DDIMParallelScheduler", "SASolverScheduler", "IPNDMScheduler"])
+def test_a_scheduler_that_is_not_here_gives_its_noise_levels_to_another_sampler(name):
+    diffusers = pytest.importorskip("diffusers")
+    changed = CONFIG | {"beta_end": 0.013, "prediction_type": "v_prediction", "use_karras_sigmas": True}
+    theirs = getattr(diffusers, name).from_config(changed)
+    written = json.loads(theirs.to_json_string())
+    schedule = read_config(Schedule, written)
+    peer = diffusers.EulerDiscreteScheduler.from_config(theirs.config)
+    peer.set_timesteps(7)
+    grid = schedule.grid(7, "euler")
+    torch.testing.assert_close(grid.sigmas, peer.sigmas, rtol=1e-6, atol=0)
+    assert schedule.prediction_type == "v_prediction" and schedule.sampler is None
+    with pytest.raises(ParameterError, match=f"^sampler: the {name} of this model is not here; choose one of euler, "):
+        schedule.grid(7)
+    assert config_to_json(schedule)["_class_name"] == name
+
+
+@pytest.mark.parametrize("change", [
+    {"algorithm_type": "sde-dpmsolver++"}, {"solver_type": "heun"}, {"solver_order": 3}])
+def test_a_variant_of_a_scheduler_is_another_sampler(change):
+    config = CONFIG | {"_class_name": "DPMSolverMultistepScheduler"} | change
+    schedule = read_config(Schedule, config)
+    assert schedule.grid(5, "euler").sigmas.equal(Schedule().grid(5).sigmas)
+    (key, value), = change.items()
+    with pytest.raises(ParameterError) as caught:
+        schedule.grid(5)
+    assert f"the DPMSolverMultistepScheduler({key}={value!r}) of this model is not here" in str(caught.value)
+    assert config_to_json(schedule)["_class_name"] == "DPMSolverMultistepScheduler"
+
+
+@pytest.mark.parametrize("name, more", [
+    ("EDMEulerScheduler", {"sigma_min": 0.002, "sigma_max": 80.0}), ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}),
+    ("UniPCMultistepScheduler", {"beta_start": 0.1, "use_flow_sigmas": True}),
+    ("DDPMScheduler", {"beta_start": 0.1, "trained_betas": [0.1, 0.2]}),
+    ("DEISMultistepScheduler", {"beta_start": 0.1, "use_exponential_sigmas": True})])
+def test_a_scheduler_of_another_process_is_refused(name, more):
+    """Its noise levels are none of these betas, whatever sampler is asked for."""
+    with pytest.raises(InputError, match="here.json: .*is not supported"):
+        read_config(Schedule, {"_class_name": name, "num_train_timesteps": 1000} | more, "here.json")
+
+
+def test_what_a_user_knows_better_than_the_file():
+    few = Schedule().override(spacing="trailing")
+    assert few.grid(1).timesteps.tolist() == [999] and few.grid(4).timesteps.tolist() == [999, 749, 499, 249]
+    assert Schedule().grid(1).timesteps.tolist() == [1]
+    assert Schedule().override(prediction="v_prediction").prediction_type == "v_prediction"
+    assert Schedule().override(karras=True) == Schedule(use_karras_sigmas=True)
+    assert Schedule(use_karras_sigmas=True).override(karras=False) == Schedule() == Schedule().override()
+    for change, words in (({"spacing": "even"}, "spacing: 'even' is unknown; choose leading or trailing or linspace"),
+                          ({"prediction": "flow"}, "prediction: 'flow' is unknown; choose epsilon or v_prediction")):
+        with pytest.raises(ParameterError, match=words):
+            Schedule().override(**change)
 
 
 def test_zero_terminal_snr():
@@ -165,6 +224,9 @@ def test_zero_terminal_snr():
     scheduler = diffusers.EulerDiscreteScheduler.from_config(config)
     scheduler.set_timesteps(20)
     grid = read_config(Schedule, config).grid(20)
+    overridden = read_config(Schedule, CONFIG).override(spacing="trailing", zero_snr=True)
+    assert overridden == read_config(Schedule, config)
+    assert overridden.override(zero_snr=False, spacing="leading") == read_config(Schedule, CONFIG)
     assert grid.sigmas[0] == scheduler.sigmas[0] and 4000 < grid.sigmas[0] < 4200
     torch.testing.assert_close(grid.sigmas, scheduler.sigmas, rtol=1e-5, atol=0)
 

@@ -67,6 +67,7 @@ def test_log_variance_stays_between_the_bounds():
     assert (logvar[:, 0] == 20).all() and (logvar[:, 1] == -30).all() and (logvar[:, 2:].abs() < 20).all()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_tiles_are_near_to_the_whole():
     """On pictures of seven times the size the shipped VAE was trained for. Where one tile holds all, it is the whole;

@@ -3,8 +3,11 @@
 Each refusal is one sentence that names the file.
 """
 
+import dataclasses
 import json
+import os
 import shutil
+import socket
 import time
 
 import pytest
@@ -13,14 +16,18 @@ from safetensors.torch import load_file, save_file
 from single_files import ldm_vae, networks, old_vae, single_file, tiny
 from torch import nn
 
-from minipic.common import InputError
+from minipic.common import InputError, ParameterError, find_file, message_of
 from minipic.diffusion.schedule import Schedule
-from minipic.models.unet import SDXL_BASE
+from minipic.image import open_picture
+from minipic.models.unet import SDXL_BASE, UNetConfig
 from minipic.weights import files, layouts, load_lora, read_weights, save_weights
 from minipic.weights.controlnet import open_controlnet
 from minipic.weights.files import check_writable, read_header, read_json
+from minipic.weights.folders import check_parts_fit
+from minipic.weights.keys import foreign_kind
+from minipic.weights.lora import compile_patterns
 from minipic.weights.single_file import SINGLE_FILES, from_single_file
-from minipic.weights.configs import read_config
+from minipic.weights.configs import READERS, read_config
 
 PICKLE = b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix"
 
@@ -89,6 +96,15 @@ def test_long_notes_are_no_damage(tmp_path):
     assert read_weights(path).keys() == {"a"}
 
 
+def test_names_that_almost_fit_a_pattern_take_no_time():
+    """For each "lora_B" a pattern could look through the rest of the name."""
+    start = time.process_time()
+    assert foreign_kind(["lora_B." * 40_000], besides="a LoRA") is None
+    assert time.process_time() - start < 3
+    assert foreign_kind(["unet.x.lora_B.bias"])[0] == foreign_kind(["unet.x.lora_B.cat.bias"])[0]
+    assert foreign_kind(["unet.x.lora_B.bias"])[0] == "a LoRA with biases of its own"
+
+
 @pytest.mark.parametrize("length", [(8 << 20) + 1, 99_000_000])
 def test_a_header_of_more_than_8_mb_is_refused_before_it_is_parsed(tmp_path, monkeypatch, length):
     """The safetensors library takes up to 100 MB, for which Python's parser needs 1.5 GB."""
@@ -106,7 +122,8 @@ def entries_in_header(count):
 @pytest.mark.parametrize("header", [
     entries_in_header(500_000)[:-1] + ',"0":1}',  # a name twice
     '{"w": {"dtype": "F32", "data_offsets": [0, 8], "shape": [' + "99," * 1_000_000 + "99]}}",
-    '{"w": {"dtype": "F32", "data_offsets": [0, 8], "shape": [' + "9" * 4000 + ",1]}}"])
+    '{"w": {"dtype": "F32", "data_offsets": [0, 8], "shape": [' + "9" * 4000 + ",1]}}",
+    '{"' + "lora_B." * 1_000_000 + '": 1}'])
 def test_headers_that_take_long_to_check_are_refused_in_seconds(tmp_path, header):
     start = time.process_time()
     with pytest.raises(InputError, match=r"w\.safetensors"):
@@ -164,7 +181,11 @@ DAMAGED = {  # name: (header or None for bytes as they are, data, words of the m
     "twice": (TWICE, bytes(8), "'w' is in the header twice"),
     "no entry": ({"w": 3}, b"", "tensor 'w'"),
     "extra field": ({"w": entry() | {"x": 1}}, bytes(8), "tensor 'w'"),
-    "dtype": ({"w": entry("F8_E4M3", (8,))}, bytes(8), "tensor 'w' is stored as F8_E4M3"),
+    "dtype": ({"w": entry("F8_E8M0", (8,))}, bytes(8), "tensor 'w' is stored as F8_E8M0"),
+    "gguf": (None, b"GGUF\x03\x00\x00\x00" + bytes(40), "a GGUF file"),
+    "onnx": (None, b"\x08\x08\x12\x07pytorch\x1a\x052.1.0" + bytes(40), "an ONNX file"),
+    "fp8 nan": ({"w": entry("F8_E4M3", (8,))}, bytes(7) + b"\x7f", "tensor 'w' holds NaN"),
+    "escapes": ({"\x1b[2J\nw": entry("\x1b[31m")}, bytes(8), r"tensor '\x1b[2J\nw' is stored as \x1b[31m"),
     "negative shape": ({"w": entry(shape=(-1, -2))}, bytes(8), "tensor 'w'"),
     "overflow": ({"w": entry(shape=(0, 2**62, 2**62), end=0)}, b"", "tensor 'w'"),
     "true shape": ({"w": entry(shape=(True, 2))}, bytes(8), "tensor 'w'"),
@@ -194,7 +215,7 @@ def test_damaged_files_are_refused_by_name(tmp_path, kind):
     with pytest.raises(InputError) as caught:
         read_weights(path)
     message = str(caught.value)
-    assert str(path) in message and words in message and "\n" not in message
+    assert str(path) in message and words in message and message.isprintable()
 
 
 @pytest.mark.parametrize("values", [[65504.0, -65504.0, 0.0, -0.0], [6e-8, -6e-8]])
@@ -212,6 +233,62 @@ def test_paths_that_are_not_files(tmp_path):
             read_weights(path)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+def test_special_files_are_refused_at_once(tmp_path, kind):
+    """Opening a pipe would wait for a writer."""
+    path = tmp_path / "x.safetensors"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(str(path))
+    else:
+        path.symlink_to("/dev/zero")
+    name = {"pipe": "a named pipe", "socket": "a socket", "device": "a device"}[kind]
+    for reader in (read_weights, read_json, files.read_text, files.sha256, open_picture, layouts.open_vae, open_for_sdxl):
+        with pytest.raises(InputError, match=rf"x\.safetensors is {name}; give an ordinary file"):
+            reader(path)
+
+
+def open_for_sdxl(path):
+    return open_controlnet(path, SDXL_BASE, 8)
+
+
+def test_a_folder_may_be_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for reader in (layouts.open_vae, open_for_sdxl):
+        with pytest.raises(InputError, match="^config.json: cannot read it .No such file or directory"):
+            reader(".")
+
+
+def test_a_name_that_is_too_long_is_one_sentence():
+    with pytest.raises(InputError, match="x: cannot be opened .File name too long.; give its path"):
+        find_file("x" * 300)
+
+
+def test_names_from_files_are_never_printed_raw(tmp_path, models):
+    """A terminal would obey them. In a header, as a key of JSON, in metadata, and as a file's name."""
+    hostile = "\x1b]0;owned\x07\x9b2J\u202e\r\n" + "x" * 100_000
+    path = tmp_path / "\x1b[31mred.safetensors"
+    whole = single_file("sdxl", models["sdxl"])
+    for tensors, metadata in (
+            (whole | {hostile: torch.ones(1)}, {}), (whole, {"modelspec.prediction_type": hostile})):
+        save_weights(tensors, path, metadata)
+        with pytest.raises(InputError) as caught:
+            from_single_file(path, *tiny("sdxl"))
+        check_printed(caught.value)
+    for values in ({hostile: 1}, {"act_fn": hostile}, {"block_out_channels": [hostile]}):
+        with pytest.raises(InputError) as caught:
+            read_config(UNetConfig, values, path)
+        check_printed(caught.value)
+    check_printed(ParameterError("model", hostile))
+
+
+def check_printed(error):
+    message = message_of(error)
+    assert message.isprintable() and r"\x1b" in message and len(message) < 3000
+
+
 @pytest.mark.parametrize("family", SINGLE_FILES)
 def test_single_file_and_folder_give_the_same_networks(tmp_path, models, family):
     parts, index, scheduler = tiny(family)
@@ -227,6 +304,7 @@ def test_single_file_and_folder_give_the_same_networks(tmp_path, models, family)
     assert all(many.parts[name].config == part.config for name, part in one.parts.items())
 
 
+@pytest.mark.slow
 def test_converting_while_loading(monkeypatch, folder, models):
     """The same values as converting afterwards, however the file is cut into groups."""
     parts = layouts.open_model(folder).parts
@@ -259,13 +337,13 @@ def shard(folder, stem, middle=""):
         names.append(f"{stem}{middle}-0000{i}-of-00002.safetensors")
         save_file(dict(half), folder / names[-1])
     index = {"metadata": {}, "weight_map": {key: names[i % 2] for i, key in enumerate(tensors)}}
-    ending = ".safetensors.index.fp16.json" if middle else ".safetensors.index.json"
+    ending = f".safetensors.index{middle}.json"
     (folder / (stem + ending)).write_text(json.dumps(index))
     path.unlink()
     return folder / names[1]
 
 
-@pytest.mark.parametrize("middle", ["", ".fp16"])
+@pytest.mark.parametrize("middle", ["", ".fp16", ".bf16"])
 def test_shards(folder, models, middle):
     shard(folder / "unet", "diffusion_pytorch_model", middle)
     second = shard(folder / "text_encoder_2", "model", middle)
@@ -278,10 +356,11 @@ def test_shards(folder, models, middle):
         layouts.open_model(folder)
 
 
-def test_fp16_variants(folder, models):
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+def test_variants_in_16_bits(folder, models, variant):
     """Used when alone; beside the full file only on request."""
     full = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    half = full.with_name("diffusion_pytorch_model.fp16.safetensors")
+    half = full.with_name(f"diffusion_pytorch_model.{variant}.safetensors")
     shutil.copy(full, half)
     save_weights({key: x.float() for key, x in models["sdxl"]["vae"].state_dict().items()}, full)
     assert list(layouts.open_model(folder).parts["vae"].files) == [full]
@@ -289,6 +368,12 @@ def test_fp16_variants(folder, models):
     full.unlink()
     assert list(layouts.open_model(folder).parts["vae"].files) == [half]
     copy = full.with_name("diffusion_pytorch_model.non_ema.safetensors")
+    half.rename(copy)
+    assert list(layouts.open_model(folder).parts["vae"].files) == [copy]  # another variant, alone
+    shutil.copy(copy, copy.with_name("diffusion_pytorch_model.ema.safetensors"))
+    with pytest.raises(InputError, match="neither diffusion_pytorch_model.safetensors"):
+        layouts.open_model(folder)
+    copy.with_name("diffusion_pytorch_model.ema.safetensors").unlink()
     for name in (full.name + ".index.json", full.stem + "-00001-of-00001.safetensors", copy.name,
                  "notes.txt"):
         full.with_name(name).touch()
@@ -350,8 +435,8 @@ UNFIT = {  # change to the UNet's file: words of the message
         "is a LoRA; expected the weights of a UNet"),
     "a ControlNet": (
         lambda t: t | {"controlnet_mid_block.weight": torch.ones(1)}, "is a ControlNet"),
-    "an index of 5,000 digits": (
-        lambda t: t | {f"input_blocks.{'9' * 5000}.x": torch.ones(1)}, "1 unexpected"),
+    "an index of 900 digits": (
+        lambda t: t | {f"input_blocks.{'9' * 900}.x": torch.ones(1)}, "1 unexpected"),
 }
 
 
@@ -416,10 +501,19 @@ BROKEN = {  # what is done to a folder: words of the message
     "text for a number": (
         lambda f: rewrite(f / "text_encoder/config.json", hidden_size="64"),
         ["hidden_size", "'64'"]),
+    "only ONNX": (
+        lambda f: (f / "vae" / WEIGHTS).rename(f / "vae" / "model.onnx"), ["vae", "only ONNX files"]),
+    "other pipeline's parts": (
+        lambda f: rewrite(f / "model_index.json", _class_name="StableDiffusionXLControlNetXSPipeline"),
+        ["model_index", "StableDiffusionXLControlNetXSPipeline"]),
+    "other sizes": (
+        lambda f: rewrite(f / UNET, addition_time_embed_dim=4), ["unet takes 72 numbers of pooled"]),
     "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), ["scheduler_config.json"]),
     "escape": (
         lambda f: with_index(f, '{"weight_map": {"a": "../../secret.safetensors"}}'),
         ["index.json", "same folder"]),
+    "no file's name": (
+        lambda f: with_index(f, '{"weight_map": {"a": "b\\u0000"}}'), ["cannot be the name of a file"]),
     "no shards": (lambda f: with_index(f, '{"weight_map": {}}'), ["index.json", "names no files"]),
 }
 
@@ -431,6 +525,114 @@ def test_broken_folders_are_refused_by_name(folder, kind):
     with pytest.raises(InputError) as caught:
         layouts.open_model(folder)
     assert all(word in str(caught.value) for word in [str(folder), *words])
+
+
+@pytest.mark.parametrize("part, change, words", [
+    ("vae", {"in_channels": 4}, "vae takes 4 colours and makes 3"),
+    ("text_encoder", {"max_position_embeddings": 64}, "text_encoder reads 64 tokens"),
+    ("text_encoder_2", {"projection_dim": 23}, "a text encoder of 23 does not fit"),
+    ("text_encoder_2", {"with_projection": False}, "a text encoder of 0 does not fit"),
+    ("text_encoder_2", {"hidden_size": 22}, "make 38 numbers a token, its UNet takes 40")])
+def test_parts_that_do_not_fit_each_other(tmp_path, part, change, words):
+    """Each by itself is what its config says."""
+    parts = dict(tiny("sdxl")[0])
+    check_parts_fit(parts, tmp_path)
+    changed = dataclasses.replace(parts[part].config, **change)
+    parts[part] = dataclasses.replace(parts[part], config=changed)
+    with pytest.raises(InputError, match=words):
+        check_parts_fit(parts, tmp_path)
+
+
+@pytest.mark.parametrize("name, plain", [
+    ("DiffusionPipeline", "StableDiffusionXLPipeline"),
+    ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLImg2ImgPipeline"),
+    ("StableDiffusionXLInpaintPipeline", "StableDiffusionXLInpaintPipeline"),
+    ("StableDiffusionXLControlNetPipeline", "StableDiffusionXLPipeline"),
+    ("StableDiffusionXLControlNetInpaintPipeline", "StableDiffusionXLInpaintPipeline"),
+    ("StableDiffusionXLControlNetPAGImg2ImgPipeline", "StableDiffusionXLImg2ImgPipeline"),
+    ("StableDiffusionXLControlNetUnionPipeline", "StableDiffusionXLPipeline"),
+    ("StableDiffusionXLAdapterPipeline", "StableDiffusionXLPipeline"),
+    ("StableDiffusionXLKDiffusionPipeline", "StableDiffusionXLPipeline"),
+    ("StableDiffusionXLDifferentialImg2ImgPipeline", "StableDiffusionXLImg2ImgPipeline"),
+    ("StableDiffusionXLLongPromptWeightingPipeline", "StableDiffusionXLPipeline"),
+    ("StableDiffusionPanoramaPipeline", "StableDiffusionPipeline")])
+def test_folders_of_other_pipelines_with_the_same_parts(folder, models, name, plain):
+    """What they add is left out, also when the model is saved again."""
+    more = {"controlnet": ["diffusers", "ControlNetModel"], "adapter": ["diffusers", "T2IAdapter"],
+            "image_encoder": [None, None], "feature_extractor": [None, None]}
+    rewrite(folder / "model_index.json", _class_name=name, **more)
+    source = layouts.open_model(folder)
+    assert source.index["_class_name"] == plain and "controlnet" not in source.index
+    assert all_equal(loaded(source.parts), states(models["sdxl"]))
+
+
+def test_the_folder_above_a_model_is_answered_with_the_model(folder, tmp_path):
+    """As in the cache of huggingface_hub, whose files are links into another folder."""
+    model = tmp_path / "models--a--b" / "snapshots" / "0123"
+    for number, path in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+        blob = tmp_path / "models--a--b" / "blobs" / str(number)
+        link = model / path.relative_to(folder)
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(blob)
+        link.symlink_to(blob)
+    assert layouts.open_model(model).parts.keys() == tiny("sdxl")[0].keys()
+    for above in (tmp_path / "models--a--b", model.parent):
+        with pytest.raises(InputError, match=f"is no model: .*; give the model in it, such as {model}"):
+            layouts.open_model(above)
+
+
+@pytest.mark.parametrize("wrap", [
+    "_fsdp_wrapped_module._checkpoint_wrapped_module.", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_that_torch_compile_or_ddp_saved(folder, tmp_path, models, wrap):
+    """At the start of all names, as of one network in a folder; and inside, as of a UNet in a model."""
+    path = folder / "unet" / WEIGHTS
+    edit(path, lambda tensors: {wrap + name: x for name, x in tensors.items()})
+    assert equal(loaded(layouts.open_model(folder).parts)["unet"], models["sdxl"]["unet"].state_dict())
+    one = {}
+    for name, x in single_file("sdxl", models["sdxl"]).items():
+        one[wrap + name.replace("diffusion_model.", "diffusion_model.module._orig_mod.")] = x
+    save_weights(one, tmp_path / "one.safetensors")
+    source = from_single_file(tmp_path / "one.safetensors", *tiny("sdxl"))
+    assert all_equal(loaded(source.parts), states(models["sdxl"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_8_bits_are_widened_exactly(tmp_path, models, dtype):
+    """As ComfyUI stores a UNet's matrices. All 256 numbers but NaN and infinity."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(dtype)
+    numbers = numbers[numbers.float().isfinite()]
+    save_file({"x": numbers}, tmp_path / "x.safetensors")
+    back = read_weights(tmp_path / "x.safetensors")
+    assert back["x"].dtype == torch.float16 and torch.equal(back["x"].double(), numbers.double())
+    for bad in (float("nan"), float("inf")):
+        if dtype == torch.float8_e5m2 or bad != bad:  # e4m3fn has no infinity
+            save_file({"x": torch.tensor([1.0, bad]).to(dtype)}, tmp_path / "x.safetensors")
+            with pytest.raises(InputError, match="'x' holds NaN or infinity"):
+                read_weights(tmp_path / "x.safetensors")
+
+    stored, expected = {}, {}
+    for name, x in single_file("sdxl", models["sdxl"]).items():
+        is_matrix = name.startswith("model.diffusion_model.") and x.ndim > 1
+        stored[name] = x.to(dtype).contiguous() if is_matrix else x.clone()
+    save_file(stored, tmp_path / "one.safetensors")
+    parts = from_single_file(tmp_path / "one.safetensors", *tiny("sdxl")).parts
+    for name, x in models["sdxl"]["unet"].state_dict().items():
+        expected[name] = x.to(dtype).float() if x.ndim > 1 else x.float()
+    assert equal(loaded(parts, dtype=torch.float32)["unet"], expected)
+    assert loaded(parts)["unet"]["conv_in.weight"].dtype == torch.float16
+
+
+def test_projections_in_other_spellings(tmp_path, models):
+    """diffusers' converter writes OpenCLIP's as the weight of a Linear, ComfyUI the first encoder's unused one."""
+    path = tmp_path / "one.safetensors"
+    whole = single_file("sdxl", models["sdxl"])
+    openclip = "conditioner.embedders.1.model.text_projection"
+    whole[f"{openclip}.weight"] = whole.pop(openclip).T.contiguous()
+    whole["conditioner.embedders.0.transformer.text_projection.weight"] = torch.eye(16)
+    whole["conditioner.embedders.0.logit_scale"] = torch.tensor(4.6)
+    save_weights(whole, path)
+    assert all_equal(loaded(from_single_file(path, *tiny("sdxl")).parts), states(models["sdxl"]))
 
 
 @pytest.mark.parametrize("channels", [5, 8, 9])
@@ -478,7 +680,7 @@ def test_stacked_weights_of_too_few_rows_are_refused_by_name(tmp_path, models):
 def test_a_controlnet_whose_shapes_make_no_config_is_refused_by_name(tmp_path):
     path = tmp_path / "control.safetensors"
     save_weights({"control_model.zero_convs.0.0.weight": torch.ones(1)}, path)
-    with pytest.raises(InputError, match=r"^controlnet: .*control\.safetensors does not fit"):
+    with pytest.raises(InputError, match=r"control\.safetensors does not fit"):
         open_controlnet(path, SDXL_BASE, 8)
 
 
@@ -488,6 +690,8 @@ def test_a_single_file_may_say_that_it_predicts_v(tmp_path, models):
     for more, metadata, kind, zero in (
             ({}, {}, "epsilon", False),
             ({}, {"modelspec.prediction_type": "v"}, "v_prediction", False),
+            ({}, {"modelspec.predict_key": "v"}, "v_prediction", False),
+            ({}, {"modelspec.prediction_type": "epsilon"}, "epsilon", False),
             (mark, {}, "v_prediction", False),
             (mark | zero_mark, {}, "v_prediction", True)):
         save_weights(more | tensors, path, metadata)
@@ -495,6 +699,30 @@ def test_a_single_file_may_say_that_it_predicts_v(tmp_path, models):
         schedule = read_config(Schedule, source.scheduler)
         assert (schedule.prediction_type, schedule.rescale_betas_zero_snr) == (kind, zero)
         assert all_equal(loaded(source.parts), states(models["sdxl"]))
+
+
+@pytest.mark.parametrize("metadata, first", [
+    ({}, 1), ({"modelspec.title": "Stable Diffusion XL 1.0 Base"}, 1),
+    ({"modelspec.title": "SDXL Turbo"}, 999), ({"modelspec.architecture": "stable-diffusion-xl-turbo-v1"}, 999),
+    ({"modelspec.title": "DMD2"}, 999), ({"modelspec.title": "My LCM merge"}, 999),
+    ({"modelspec.title": "sdxl_lightning_4step"}, 999), ({"modelspec.title": "Hyper-SDXL"}, 999)])
+def test_a_single_file_may_say_that_it_draws_in_few_steps(tmp_path, models, metadata, first):
+    save_weights(single_file("sdxl", models["sdxl"]), tmp_path / "one.safetensors", metadata)
+    source = from_single_file(tmp_path / "one.safetensors", *tiny("sdxl"))
+    assert read_config(Schedule, source.scheduler).grid(1).timesteps.tolist() == [first]
+
+
+@pytest.mark.parametrize("absent, words", [
+    (["conditioner."], "holds no text_encoder: it is a UNet alone or a merge without text encoders"),
+    (["conditioner.embedders.1."], "holds no text_encoder_2"),
+    (["conditioner.", "first_stage_model."], "it is a UNet alone")])
+def test_a_file_without_text_encoders_is_named(tmp_path, models, absent, words):
+    whole = single_file("sdxl", models["sdxl"])
+    for start in absent:
+        whole = {name: x for name, x in whole.items() if not name.startswith(start)}
+    save_weights(whole, tmp_path / "one.safetensors")
+    with pytest.raises(InputError, match=words):
+        from_single_file(tmp_path / "one.safetensors", *tiny("sdxl"))
 
 
 def test_a_file_without_a_vae_takes_another(tmp_path, models, monkeypatch):
@@ -555,6 +783,22 @@ def test_diffusers_loads_what_is_saved(folder, models):
     assert peer.config.force_zeros_for_empty_prompt
 
 
+@pytest.mark.parametrize("cls", READERS)
+@pytest.mark.parametrize("value", [
+    -10**9, 10**9, 10**400, float("inf"), float("-inf"), float("nan"), "1", {}, None, (1,) * 10**5])
+def test_no_number_in_a_config_takes_time_or_memory(cls, value):
+    """Each is refused by its name, before a network is built or a table computed."""
+    start = time.process_time()
+    for field in dataclasses.fields(cls):
+        is_number = type(field.default) in (int, float, tuple) and field.type != tuple[str, ...]
+        if not is_number or (value is None and "None" in str(field.type)):
+            continue
+        with pytest.raises(ParameterError, match=f"^{field.name}: ") as caught:
+            cls(**{field.name: value})
+        assert len(str(caught.value)) < 3000
+    assert time.process_time() - start < 2
+
+
 # LoRA files: test_lora.py has their spellings ---------------------------------------------------
 
 MODULE = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -574,7 +818,10 @@ def write_lora(path, settings):
     ("to_q", True), ("attn1.to_q", True), (MODULE, True), (r"attn[12]\.to_q", True),
     ("^to_q", False),
     ("^down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q$", True), ("o_q", False),
-    (r"transformer_blocks\.\d\.attn1.to_[^kv]", True), ("attn2.to_q", False), ("to_k", False)])
+    (r"transformer_blocks\.\d\.attn1.to_[^kv]", True), ("attn2.to_q", False), ("to_k", False),
+    (".*", True), (".*attn1.*", True), (r"down_blocks\.\d+\.attentions.+to_(q|k|v)", True),
+    (r"(down|up)_blocks\.\d{1,2}.*attn[12]\.to_(?:q|k)", True), ("to_k|to_q", True),
+    ("(transformer_)?blocks.0.attn1.to_q", True), (r"attn\d+\.to_(k|v)", False), ("up.*", False)])
 def test_alpha_by_the_end_of_a_modules_name(tmp_path, pattern, fits):
     settings = {"unet.lora_alpha": 2, "unet.alpha_pattern": {"nothing": 1, pattern: 5, "to_q$": 7}}
     loras = load_lora(*write_lora(tmp_path / "x.safetensors", settings))
@@ -583,7 +830,8 @@ def test_alpha_by_the_end_of_a_modules_name(tmp_path, pattern, fits):
 
 @pytest.mark.parametrize("pattern", [
     "(a+)+$", r"(\w+_?)+!", r"(.*)*x", r"(\w|\w\w)+!", ".*" * 30 + "!", r"\w+" * 200 + "!",
-    "a{9999}{9999}", "[" * 5000, "a" * 100_000, "(?:" * 300])
+    "a{9999}{9999}", "[" * 5000, "a" * 100_000, "(?:" * 300, ".*" * 500, "(d|d)(o|o)" * 100,
+    "a?" * 500, "(a*)*b", "(a|b*)+", "(.*)(.*)(.*)(.*)x", r"\w{1,9}" * 90, "(?=to_q)", r"(a)\1", "(?i)to_q"])
 def test_patterns_that_could_keep_re_busy_are_refused_at_once(tmp_path, pattern):
     path, models = write_lora(tmp_path / "x.safetensors", {"unet.alpha_pattern": {pattern: 5}})
     start = time.process_time()
@@ -594,17 +842,30 @@ def test_patterns_that_could_keep_re_busy_are_refused_at_once(tmp_path, pattern)
     assert time.process_time() - start < 5
 
 
+@pytest.mark.parametrize("pattern", [
+    ".*.*.*z", ".*.*(.|.)(.|.)(.|.)z", r"\d+" * 8 + "z", "(d|.)(o|.)(w|.)" * 2 + "z", ".*" + "(.|.)" * 6 + "z"])
+def test_the_slowest_patterns_that_are_read_take_a_moment(tmp_path, pattern):
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    compiled = compile_patterns((pattern,))
+    start = time.process_time()
+    for _ in range(100):  # SDXL's UNet has seven times as many layers
+        assert not compiled[0].fullmatch(name)
+    assert time.process_time() - start < 1
+
+
 def test_very_many_patterns_are_refused(tmp_path):
     settings = {"unet.alpha_pattern": {f"layer{i}": 5 for i in range(5000)}}
-    with pytest.raises(InputError, match=r"x\.safetensors.*alpha_pattern has 5,000 entries"):
+    with pytest.raises(InputError, match=r"x\.safetensors.*one of its patterns has 5,000 entries"):
         load_lora(*write_lora(tmp_path / "x.safetensors", settings))
 
 
 # Damage at random -------------------------------------------------------------------------------
 
 
-def test_mutated_files_are_refused_or_unchanged_in_structure(tmp_path, models):
+def test_damaged_files_of_every_kind_give_the_same_values_or_one_clear_error(tmp_path):
     from fuzz_weights import fuzz
-    counts = fuzz(tmp_path, 60, seed=1)
-    assert counts["crashed"] == 0 and counts["unnamed"] == 0 and counts["structural accepted"] == 0
-    assert counts["refused"] > 30
+    counts = fuzz(tmp_path, 12, seed=1)
+    assert len(counts) == 10
+    for kind, outcomes in counts.items():
+        assert outcomes["failed"] == 0 and outcomes["refused"] >= 6, (kind, outcomes)
+        assert kind != "checkpoint" or outcomes["other values"] == 0

@@ -5,20 +5,28 @@ the coordinate of schedule.py, x = x0 + sigma * noise, except flow matching, whi
 between data and noise.
 """
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:  # schedule.py imports this file
+    from minipic.diffusion.schedule import Grid, Schedule
+
 
 class Objective:
     """What all objectives share. `schedule` gives the noise level sigma of a timestep; sigma
     broadcasts to x.
     """
 
-    def __init__(self, schedule):
+    def __init__(self, schedule: "Schedule"):
         self.schedule = schedule
 
-    def add_noise(self, x0, noise, sigma):
+    def add_noise(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """The noised data x."""
         return x0 + sigma * noise
 
-    def network_input(self, x, sigma):
+    def network_input(self, x: Tensor, sigma: Tensor) -> Tensor:
         """What the network sees: x divided so that its variance is about 1.
 
         It also turns the last x into the finished latent. A "ddim" grid ends at the lowest trained
@@ -27,23 +35,26 @@ class Objective:
         """
         return x / (sigma**2 + 1) ** 0.5
 
-    def target(self, x0, noise, sigma):
+    def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """What the network should predict."""
         raise NotImplementedError
 
-    def to_x0(self, x, sigma, prediction):
+    def to_x0(self, x: Tensor, sigma: Tensor, prediction: Tensor) -> Tensor:
         """The clean data that a prediction means."""
         raise NotImplementedError
 
-    def x0_gain(self, sigma):
+    def x0_gain(self, sigma: Tensor) -> Tensor:
         """|d to_x0 / d prediction|^2: an error of the prediction times this is the error in x0."""
         raise NotImplementedError
 
-    def snr(self, sigma):
+    def snr(self, sigma: Tensor) -> Tensor:
         """The signal-to-noise ratio."""
         return sigma**-2
 
-    def loss(self, predict, x0, noise, t, min_snr=None, balanced=False, where=None):
+    def loss(
+            self, predict: Callable, x0: Tensor, noise: Tensor, t: Tensor,
+            min_snr: float | None = None, balanced: bool = False,
+            where: Tensor | None = None) -> Tensor:
         """Squared error of a prediction -> [B].
 
         predict: the network, predict(x, t). x0, noise [B,...]. t: timesteps [B] (or [B,F], one per
@@ -73,7 +84,7 @@ class Objective:
         counts = where.expand_as(x0).flatten(1)
         return (error * counts).sum(1) / counts.sum(1)
 
-    def denoiser(self, predict, grid=None):
+    def denoiser(self, predict: Callable, grid: "Grid | None" = None) -> Callable:
         """A function denoise(x, sigma) -> x0 for the samplers, from the network `predict(x, t)`
         (guidance inside).
 
@@ -81,7 +92,7 @@ class Objective:
             stands there, which may be rounded. At any other sigma, and without a grid, it gets
             schedule.timestep(sigma).
         """
-        def denoise(x, sigma):
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             t = self.schedule.timestep(sigma).float()
             if grid is not None:
                 at_this_level = grid.sigmas[:-1] == sigma  # exactly: sigma comes from the grid
@@ -96,13 +107,13 @@ class Objective:
 class Epsilon(Objective):
     """The network predicts the noise (DDPM, 2006.11239)."""
 
-    def target(self, x0, noise, sigma):
+    def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         return noise
 
-    def to_x0(self, x, sigma, prediction):
+    def to_x0(self, x: Tensor, sigma: Tensor, prediction: Tensor) -> Tensor:
         return x - sigma * prediction
 
-    def x0_gain(self, sigma):
+    def x0_gain(self, sigma: Tensor) -> Tensor:
         return sigma**2
 
 
@@ -110,13 +121,13 @@ class VPrediction(Objective):
     """The network predicts v = cos(phi) * noise - sin(phi) * x0 with tan(phi) = sigma (2202.00512).
     """
 
-    def target(self, x0, noise, sigma):
+    def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         return (noise - sigma * x0) / (sigma**2 + 1) ** 0.5
 
-    def to_x0(self, x, sigma, prediction):
+    def to_x0(self, x: Tensor, sigma: Tensor, prediction: Tensor) -> Tensor:
         return x / (sigma**2 + 1) - prediction * (sigma / (sigma**2 + 1) ** 0.5)
 
-    def x0_gain(self, sigma):
+    def x0_gain(self, sigma: Tensor) -> Tensor:
         return sigma**2 / (sigma**2 + 1)
 
 
@@ -128,22 +139,22 @@ class Flow(Objective):
     * sigma.
     """
 
-    def add_noise(self, x0, noise, sigma):
+    def add_noise(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         return (1 - sigma) * x0 + sigma * noise
 
-    def network_input(self, x, sigma):
+    def network_input(self, x: Tensor, sigma: Tensor) -> Tensor:
         return x
 
-    def target(self, x0, noise, sigma):
+    def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         return noise - x0
 
-    def to_x0(self, x, sigma, prediction):
+    def to_x0(self, x: Tensor, sigma: Tensor, prediction: Tensor) -> Tensor:
         return x - sigma * prediction
 
-    def x0_gain(self, sigma):
+    def x0_gain(self, sigma: Tensor) -> Tensor:
         return sigma**2
 
-    def snr(self, sigma):
+    def snr(self, sigma: Tensor) -> Tensor:
         return ((1 - sigma) / sigma) ** 2
 
 

@@ -13,10 +13,17 @@ Every formula is in the coordinate x = x0 + sigma * noise, where a deterministic
 along the straight line through x0. Karras et al., 2206.00364.
 """
 
+from collections.abc import Callable, Iterator
+
 import torch
+from torch import Tensor
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+Noise = Callable[[int], Tensor] | None
+Steps = Iterator[tuple[Tensor, Tensor]]  # (x, x0) after every step
 
 
-def euler(denoise, x, sigmas, noise=None):
+def euler(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None) -> Steps:
     """Keep the noise that x0 leaves in x, lower its amount; first order.
 
     In this coordinate it is also DDIM (2010.02502, eq. 12 with eta = 0; DDIM's own coordinate is
@@ -30,7 +37,7 @@ def euler(denoise, x, sigmas, noise=None):
         yield x, x0
 
 
-def euler_ancestral(denoise, x, sigmas, noise=None):
+def euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None) -> Steps:
     """Step below the next level and add fresh noise up to it: the noise is renewed step by step.
 
     This is DDPM's own step (2006.11239, eq. 7), or DDIM with eta = 1. Given x and x0, the state at
@@ -46,7 +53,7 @@ def euler_ancestral(denoise, x, sigmas, noise=None):
         yield x, x0
 
 
-def heun(denoise, x, sigmas, noise=None):
+def heun(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None) -> Steps:
     """Try Euler's step, then redo it with the mean of the slopes at both ends.
 
     Second order, two calls per step. 2206.00364, algorithm 1.
@@ -62,7 +69,7 @@ def heun(denoise, x, sigmas, noise=None):
         yield x, x0
 
 
-def dpmpp_2m(denoise, x, sigmas, noise=None):
+def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None) -> Steps:
     """Euler's step towards an x0 extrapolated from the last two predictions.
 
     Second order, one call per step. DPM-Solver++(2M), 2211.01095, algorithm 2: x0 is a line in
@@ -93,7 +100,9 @@ SAMPLERS = {
 }
 
 
-def keep_unmasked(steps, add_noise, known, noise, mask, sigmas):
+def keep_unmasked(
+        steps: Steps, add_noise: Callable, known: Tensor, noise: Tensor, mask: Tensor,
+        sigmas: Tensor) -> Steps:
     """Inpainting by latent replacement: after each of a sampler's steps, put back the part to keep.
 
     steps: the sampler's generator. This one yields the same.

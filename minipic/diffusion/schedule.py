@@ -7,13 +7,14 @@ x / sqrt(sigma^2 + 1), so that sigma^2 = (1 - abar) / abar with abar the cumulat
 and is the one exception.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from minipic.common import CheckedConfig, ParameterError
 from minipic.diffusion.objectives import OBJECTIVES, Objective
+from minipic.diffusion.samplers import SAMPLERS
 
 # `_class_name` of scheduler_config.json -> the sampler that draws as it does.
 SAMPLER_OF = {
@@ -29,8 +30,10 @@ CHOICES = {
     "beta_schedule": ("linear", "scaled_linear"),
     "prediction_type": tuple(OBJECTIVES),
     "timestep_spacing": ("leading", "trailing", "linspace", None),
-    "class_name": tuple(SAMPLER_OF),
 }
+# What `Schedule.override` takes; a flow has other samplers, and is none of the two predictions.
+OVERRIDES = {
+    "spacing": ("leading", "trailing", "linspace"), "prediction": ("epsilon", "v_prediction")}
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Schedule(CheckedConfig):
     use_karras_sigmas: bool = False
     rescale_betas_zero_snr: bool = False
     shift: float = 1.0  # flow only
-    class_name: str = "EulerDiscreteScheduler"
+    class_name: str = "EulerDiscreteScheduler"  # may be one whose sampler is not here
 
     LIMITS = {
         "num_train_timesteps": (2, 100_000), "steps_offset": (0, 100_000), "shift": (0.01, 100.0)}
@@ -70,10 +73,31 @@ class Schedule(CheckedConfig):
         if not (self.table.isfinite() & (self.table > 0)).all():
             raise ParameterError("beta_end", "some timestep would have no signal or no noise")
 
+    def override(
+            self, spacing: str | None = None, prediction: str | None = None,
+            karras: bool | None = None, zero_snr: bool | None = None) -> "Schedule":
+        """This schedule, changed by what a user knows better than the file; None leaves a key.
+
+        Single files rarely say how they are to be drawn. Turbo, Lightning and other models of few
+        steps need spacing="trailing", and some models prediction="v_prediction". zero_snr: the last
+        timestep is noise without any picture (2305.08891), as in most models that predict v; such
+        need spacing="trailing" too, to begin there.
+
+            pipeline.schedule = pipeline.schedule.override(spacing="trailing")
+        """
+        for name, value in (("spacing", spacing), ("prediction", prediction)):
+            if value is not None and value not in OVERRIDES[name]:
+                supported = " or ".join(OVERRIDES[name])
+                raise ParameterError(name, f"{value!r} is unknown; choose {supported}")
+        known = {
+            "timestep_spacing": spacing, "prediction_type": prediction,
+            "use_karras_sigmas": karras, "rescale_betas_zero_snr": zero_snr}
+        return replace(self, **{key: value for key, value in known.items() if value is not None})
+
     @property
-    def sampler(self) -> str:
-        """The name of the sampler that the file asks for."""
-        return SAMPLER_OF[self.class_name]
+    def sampler(self) -> str | None:
+        """The name of the sampler that the file asks for; None if it is not here."""
+        return SAMPLER_OF.get(self.class_name)
 
     @cached_property
     def objective(self) -> Objective:
@@ -141,6 +165,11 @@ class Schedule(CheckedConfig):
         Raises ParameterError for steps that do not fit, and for a sampler of another kind of model.
         """
         sampler = sampler or self.sampler
+        if sampler is None:
+            names = [name for name in SAMPLERS if name != "flow_euler"]
+            raise ParameterError(
+                "sampler", f"the {self.class_name} of this model is not here; choose one of "
+                f"{', '.join(names)}")
         if (sampler == "flow_euler") != (self.prediction_type == "flow"):
             problem = (f"{sampler} cannot draw with a model trained for {self.prediction_type!r}; "
                        "flow models need flow_euler, all others another sampler")

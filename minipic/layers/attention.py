@@ -27,42 +27,64 @@ def choose_backend(q: torch.Tensor, k: torch.Tensor) -> str:
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False,
-              backend: str | None = None) -> torch.Tensor:
+              backend: str | None = None, mask: torch.Tensor | None = None,
+              softcap: float = 0.0) -> torch.Tensor:
     """q [B,N,h,d], k and v [B,M,h,d] -> [B,N,h,d].
 
     causal: token n sees tokens 0..n only. It needs N == M.
+    mask [B,M]: true for the keys that are seen; None: all. Without any the output is 0.
+    softcap: scores s become softcap * tanh(s / softcap) (Gemma 2, arXiv 2408.00118); 0: they stay.
     backend, by default the one that `choose_backend` picks:
         "naive"    the formula itself, with an N x M matrix in memory
         "chunked"  the same, a few heads and queries at a time
         "sdpa"     PyTorch's fused kernel
-        "flash"    minipic's, in Triton (kernels/flash_attention.py): for CUDA, not causal, and d of
-                   32, 64 or 128
+        "flash"    minipic's, in Triton (kernels/flash_attention.py): for CUDA, not causal, without
+                   mask, and d of 32, 64 or 128
+    Only "naive" and "chunked" have a softcap.
     Raises InputError for a backend that does not exist or cannot do what is asked.
     """
+    if softcap and backend is None:
+        backend = "chunked"
     backend = backend or choose_backend(q, k)
     if backend not in BACKENDS:
         raise InputError(f"attention backend {backend!r} does not exist; "
                          f"use one of {', '.join(BACKENDS)}")
-    return BACKENDS[backend](q, k, v, causal)
+    if softcap and backend not in ("naive", "chunked"):
+        raise InputError(f"attention backend {backend!r} has no softcap; use 'naive' or 'chunked'")
+    return BACKENDS[backend](q, k, v, causal, mask, softcap)
 
 
-def naive(q, k, v, causal):
+def naive(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, mask: torch.Tensor | None,
+        softcap: float) -> torch.Tensor:
     """The formula."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B,h,N,d]
+    q = q.transpose(1, 2)
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)  # [B,h,N,d]
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)           # [B,h,N,M]
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
     if causal:
         scores = hide_future(scores)
-    return (scores.softmax(-1) @ v).transpose(1, 2)
+    if mask is not None:
+        mask = mask[:, None, None]
+    return (masked_softmax(scores, mask) @ v).transpose(1, 2)
 
 
-def chunked(q, k, v, causal):
+def chunked(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, mask: torch.Tensor | None,
+        softcap: float) -> torch.Tensor:
     """The formula for a few heads or a few queries at a time, whose scores stay in a CPU's cache.
 
     Keys and values are laid out once, head by head: the products of a CPU without AMX are then as
     fast as its large matrix products.
     """
     batch, n, heads, d = q.shape
-    q, k, v = head_by_head(q * d ** -0.5), head_by_head(k), head_by_head(v)
+    q = head_by_head(q * d ** -0.5)
+    k = head_by_head(k)
+    v = head_by_head(v)
+    if mask is not None:
+        mask = mask.repeat_interleave(heads, dim=0)[:, None]  # [Bh,1,M]
     queries_at_once, heads_at_once = chunk_sizes(q, k)
     outputs = []
     for head in range(0, batch * heads, heads_at_once):
@@ -70,9 +92,12 @@ def chunked(q, k, v, causal):
         chunks = []
         for query in range(0, n, queries_at_once):
             scores = torch.bmm(q[some, query:query + queries_at_once], k[some].transpose(1, 2))
+            if softcap:
+                scores = softcap * (scores / softcap).tanh()
             if causal:
                 scores = hide_future(scores, first_query=query)
-            chunks.append(torch.bmm(scores.softmax(-1), v[some]))
+            weights = masked_softmax(scores, None if mask is None else mask[some])
+            chunks.append(torch.bmm(weights, v[some]))
         outputs.append(torch.cat(chunks, dim=1))
     return torch.cat(outputs).unflatten(0, (batch, heads)).transpose(1, 2)
 
@@ -102,21 +127,38 @@ def hide_future(scores: torch.Tensor, first_query: int = 0) -> torch.Tensor:
     return scores.masked_fill(future, float("-inf"))
 
 
-def sdpa(q, k, v, causal):
+def masked_softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over the keys where the mask is true; weights of 0 where it is true of none."""
+    if mask is None:
+        return scores.softmax(-1)
+    lowest = torch.finfo(scores.dtype).min  # -inf everywhere would make NaN
+    return scores.masked_fill(~mask, lowest).softmax(-1).masked_fill(~mask, 0)
+
+
+def sdpa(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, mask: torch.Tensor | None,
+        softcap: float) -> torch.Tensor:
     """PyTorch's scaled_dot_product_attention, which takes [B,h,N,d]."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+    q = q.transpose(1, 2)
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)
+    if mask is not None:
+        mask = mask[:, None, None]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    return out.transpose(1, 2)
 
 
-def flash(q, k, v, causal):
+def flash(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, mask: torch.Tensor | None,
+        softcap: float) -> torch.Tensor:
     """minipic's own flash attention."""
     try:
         from minipic.kernels.flash_attention import HEAD_DIMS, FlashAttention
     except ImportError as error:
         raise InputError("attention backend 'flash' needs the triton package, which comes with "
                          "PyTorch for CUDA; use 'sdpa'") from error
-    if causal or q.shape[-1] not in HEAD_DIMS:
-        raise InputError(f"attention backend 'flash' has no causal mask and only head dims "
+    if causal or mask is not None or q.shape[-1] not in HEAD_DIMS:
+        raise InputError(f"attention backend 'flash' has no mask and only head dims "
                          f"{HEAD_DIMS}, not {q.shape[-1]}; use 'sdpa'")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     return FlashAttention.apply(q, k, v)
@@ -128,8 +170,8 @@ BACKENDS = {"naive": naive, "chunked": chunked, "sdpa": sdpa, "flash": flash}
 class TextKeysValues(dict):
     """{cross-attention: its keys and values of the text}, the same in every step of a drawing.
 
-    Networks take it in the place of `context`. It saves a tenth of the tiny model's time per step,
-    1% of SDXL's.
+    Networks take it in the place of `context`. Small networks gain most: what they compute of the
+    text is a large part of their step.
     """
 
 

@@ -107,3 +107,10 @@ class Upsample(nn.Module):
         if size is None:
             size = (2 * x.shape[-2], 2 * x.shape[-1])
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+def double_inputs(conv: nn.Conv2d):
+    """Let a convolution take as many channels again, which count nothing at first."""
+    weight = conv.weight.detach()
+    conv.weight = nn.Parameter(torch.cat([weight, torch.zeros_like(weight)], dim=1))
+    conv.in_channels *= 2

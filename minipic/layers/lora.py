@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from minipic.common import ParameterError
+from minipic.common import InputError, ParameterError
 from minipic.kernels.casting import CastLinear
 from minipic.layers.swap import swap
 
@@ -54,7 +54,7 @@ class LoRA:
     def add(self, name: str, a: torch.Tensor, b: torch.Tensor, alpha: float | None):
         """Add the LoRA A [R,...], B [out,R] under a new name. alpha: R if None."""
         if self.merged:
-            raise ParameterError("model", "its LoRAs are merged; unmerge them before adding one")
+            raise InputError("its LoRAs are merged; unmerge them before adding one")
         if name in self.scalings:
             raise ParameterError("name", f"there is a LoRA called {name!r} already; give another")
         rank = len(a)

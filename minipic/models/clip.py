@@ -107,6 +107,8 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """x [B,N,D] -> [B,N,D]."""
+
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
@@ -118,6 +120,8 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """x [B,N,D] -> [B,N,D]: attention and MLP, each added to what it reads the norm of."""
+
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size)
@@ -131,6 +135,8 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
+    """The layers, without the norms before and after them."""
+
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
@@ -156,6 +162,8 @@ class TextEmbeddings(nn.Module):
 
 
 class TextModel(nn.Module):
+    """What the official files call `text_model`; CLIPText runs its parts."""
+
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.embeddings = TextEmbeddings(config)
@@ -164,6 +172,8 @@ class TextModel(nn.Module):
 
 
 class CLIPText(nn.Module):
+    """A text encoder: ids [B,N] -> the states of every layer, and a pooled vector."""
+
     def __init__(self, config: CLIPTextConfig = CLIP_L):
         super().__init__()
         self.config = config
@@ -172,26 +182,27 @@ class CLIPText(nn.Module):
         if config.with_projection:
             self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
-    def forward(self, ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def forward(
+            self, ids: torch.Tensor,
+            end_token: torch.Tensor | None = None) -> tuple[list[torch.Tensor], torch.Tensor]:
         """ids [B,N] -> (hidden states, pooled).
 
+        end_token [B,1]: its id; None: the last one, as where no words were added.
         hidden states: the embeddings and each layer's output, [B,N,D] each, without the final norm.
             SDXL's context is hidden_states[-2] of both encoders, SD 1.5's is `last(hidden_states)`.
         pooled [B,D]: the end token's state after the final norm and, where there is one, the
             projection.
         """
         hidden_states = self.text_model.encoder(self.text_model.embeddings(ids), causal=True)
-        # The end token is the last id of the original vocabulary. Tokens added later have larger
-        # ids, so an argmax over the ids would pool at them. Padding repeats the end token in one of
-        # SDXL's encoders, so the first one counts.
-        end = (ids == self.end_token).int().argmax(dim=1)
+        # Tokens added to a vocabulary have larger ids than its end token, so an argmax over the ids
+        # would pool at them. Padding repeats the end token in one of SDXL's encoders, so the first
+        # one counts.
+        if end_token is None:
+            end_token = self.config.vocab_size - 1
+        end = (ids == end_token).int().argmax(dim=1)
         rows = torch.arange(len(ids), device=ids.device)
         pooled = self.last(hidden_states)[rows, end]
         return hidden_states, self.text_projection(pooled)
-
-    @property
-    def end_token(self) -> int:
-        return self.config.vocab_size - 1
 
     def last(self, hidden_states: list[torch.Tensor]) -> torch.Tensor:
         """The last layer's output after the final norm, [B,N,D]."""
@@ -216,6 +227,8 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionModel(nn.Module):
+    """What the official files call `vision_model`; CLIPVision runs its parts."""
+
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         self.embeddings = VisionEmbeddings(config)
@@ -225,6 +238,8 @@ class VisionModel(nn.Module):
 
 
 class CLIPVision(nn.Module):
+    """The vision tower: images [B,3,H,W] -> states of every layer, and a pooled vector."""
+
     def __init__(self, config: CLIPVisionConfig = CLIPVisionConfig()):
         super().__init__()
         self.config = config

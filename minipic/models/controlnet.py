@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from minipic.common import ParameterError
 from minipic.layers.attention import TextKeysValues
-from minipic.models.unet import Encoder, EncoderConfig, UNet
+from minipic.models.unet import MAX_LEVELS, Encoder, EncoderConfig, UNet
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class ControlNetConfig(EncoderConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.conditioning_embedding_out_channels:
+        if not 1 <= len(self.conditioning_embedding_out_channels) <= MAX_LEVELS:
             raise ParameterError(
-                "conditioning_embedding_out_channels", "must name at least one width")
+                "conditioning_embedding_out_channels", f"must name 1 to {MAX_LEVELS} widths")
 
 
 def zero(conv: nn.Conv2d) -> nn.Conv2d:
@@ -68,7 +68,7 @@ class HintEncoder(nn.Module):
             conv.weight /= conv(x).std()
             x = F.silu(conv(x))
 
-    def forward(self, hint):
+    def forward(self, hint: torch.Tensor) -> torch.Tensor:
         x = F.silu(self.conv_in(hint))
         for conv in self.blocks:
             x = F.silu(conv(x))
@@ -76,6 +76,8 @@ class HintEncoder(nn.Module):
 
 
 class ControlNet(Encoder):
+    """The encoder of a UNet, whose outputs are added to the frozen UNet's skip connections."""
+
     def __init__(self, config: ControlNetConfig = ControlNetConfig()):
         super().__init__(config)
         self.controlnet_cond_embedding = HintEncoder(config)

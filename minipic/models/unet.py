@@ -1,6 +1,6 @@
 """The denoising UNet: one class for SDXL base, refiner, Turbo, SD 1.5, SD 2.x and the tiny model.
 
-xt [B,4,h,w], t [B], context [B,N,D] (and pooled [B,D], size_ids [B,6]) -> prediction like xt.
+x [B,4,h,w], t [B], context [B,N,D] (and pooled [B,D], size_ids [B,6]) -> prediction like x.
 
 SDXL: arXiv 2307.01952; the architecture: arXiv 2112.10752. Attribute paths are the keys of the
 official files in diffusers' layout, so that a checkpoint loads without renaming. Slots without
@@ -19,6 +19,9 @@ from minipic.common import CheckedConfig, ParameterError
 from minipic.layers.attention import Attention, TextKeysValues
 from minipic.layers.blocks import (
     Downsample, ResnetBlock, Upsample, add_norm, geglu, group_norm, layer_norm)
+
+MAX_LEVELS = 8
+MAX_BLOCKS = 256  # transformer blocks on the way down, of which SDXL has 24
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,13 @@ class EncoderConfig(CheckedConfig):
         "transformer_layers_per_block": (0, 256), "attention_head_dim": (1, 1024),
         "cross_attention_dim": (1, 65536), "addition_time_embed_dim": (2, 65536),
         "projection_class_embeddings_input_dim": (1, 1 << 20), "norm_num_groups": (1, 65536),
-        "norm_eps": (0.0, 1.0)}
+        "norm_eps": (1e-12, 1.0)}
 
     def __post_init__(self):
         super().__post_init__()
         levels = len(self.block_out_channels)
-        if levels == 0:
-            raise ParameterError("block_out_channels", "must name at least one level")
+        if not 1 <= levels <= MAX_LEVELS:
+            raise ParameterError("block_out_channels", f"must name 1 to {MAX_LEVELS} levels")
         for key in (
                 "down_block_types", "up_block_types", "attention_head_dim",
                 "transformer_layers_per_block"):
@@ -75,13 +78,34 @@ class EncoderConfig(CheckedConfig):
             if width % heads:
                 raise ParameterError(
                     "attention_head_dim", f"{heads} heads do not divide {width} channels")
+        blocks = self.layers_per_block * sum(self.per_level(self.transformer_layers_per_block))
+        if blocks > MAX_BLOCKS:
+            raise ParameterError(
+                "transformer_layers_per_block", f"asks for {blocks} blocks on the way down; "
+                f"expected at most {MAX_BLOCKS}")
         if self.addition_embed_type is not None:
-            for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
-                if getattr(self, key) is None:
-                    raise ParameterError(
-                        key, f"is needed for addition_embed_type={self.addition_embed_type!r}")
+            self.check_addition()
 
-    def per_level(self, value) -> tuple:
+    def check_addition(self):
+        """ParameterError unless the pooled text and the size ids make up the added embedding."""
+        if self.addition_embed_type != "text_time":
+            raise ParameterError(
+                "addition_embed_type",
+                f"{self.addition_embed_type!r} is not supported; use 'text_time' or None")
+        for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+            if getattr(self, key) is None:
+                raise ParameterError(key, "is needed for addition_embed_type='text_time'")
+        width = self.addition_time_embed_dim
+        if width % 2:
+            raise ParameterError(
+                "addition_time_embed_dim", f"{width} is odd; a cosine and a sine make two each")
+        if self.projection_class_embeddings_input_dim <= 5 * width:
+            raise ParameterError(
+                "projection_class_embeddings_input_dim",
+                f"{self.projection_class_embeddings_input_dim} has no room for a pooled text "
+                f"besides five size ids of {width}")
+
+    def per_level(self, value: int | str | tuple) -> tuple:
         """One value per level, from a config entry that may be a single number for all of them."""
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
@@ -131,32 +155,38 @@ def timestep_embedding(t: torch.Tensor, width: int) -> torch.Tensor:
 
 
 class TimestepMLP(nn.Module):
+    """[B,in_width] -> [B,width]."""
+
     def __init__(self, in_width: int, width: int):
         super().__init__()
         self.linear_1 = nn.Linear(in_width, width)
         self.linear_2 = nn.Linear(width, width)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
 class GEGLU(nn.Module):
+    """x [B,N,D] -> [B,N,inner]: values times the GELU of gates."""
+
     def __init__(self, width: int, inner: int):
         super().__init__()
         self.proj = nn.Linear(width, 2 * inner)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
+    """x [B,N,D] -> [B,N,D], by way of 4D numbers for each token."""
+
     def __init__(self, width: int):
         super().__init__()
         inner = 4 * width
         # diffusers' ff.net has a Dropout at index 1; Identity keeps the number in "net.2.weight".
         self.net = nn.Sequential(GEGLU(width, inner), nn.Identity(), nn.Linear(inner, width))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net(x)
 
 
@@ -172,7 +202,8 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x, context):
+    def forward(
+            self, x: torch.Tensor, context: torch.Tensor | TextKeysValues) -> torch.Tensor:
         # add_norm is `x = x + y; return x, norm(x)`, which one kernel can do
         x, normed = add_norm(x, self.attn1(layer_norm(x, self.norm1)), self.norm2)
         x, normed = add_norm(x, self.attn2(normed, context), self.norm3)
@@ -196,7 +227,8 @@ class SpatialTransformer(nn.Module):
             return nn.Linear(channels, channels)
         return nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x, context):
+    def forward(
+            self, x: torch.Tensor, context: torch.Tensor | TextKeysValues) -> torch.Tensor:
         residual = x
         height, width = x.shape[-2:]
         x = group_norm(x, self.norm)
@@ -231,20 +263,23 @@ class Level(nn.Module):
         super().__init__()
         self.gradient_checkpointing = False  # recompute layers in the backward pass, for memory
         temb_width = 4 * config.block_out_channels[0]
-        groups, eps = config.norm_num_groups, config.norm_eps
+        groups = config.norm_num_groups
+        eps = config.norm_eps
         self.resnets = nn.ModuleList(
             ResnetBlock(width, channels, groups, eps, temb_width) for width in resnet_inputs)
         self.attentions = nn.ModuleList(
             SpatialTransformer(channels, depth, heads, config) for _ in range(transformers))
 
-    def layer(self, i: int, x, temb, context):
+    def layer(
+            self, i: int, x: torch.Tensor, temb: torch.Tensor,
+            context: torch.Tensor | TextKeysValues) -> torch.Tensor:
         """Resnet number i and its transformer, if the level has any."""
         x = self.run(self.resnets[i], x, temb)
         if self.attentions:
             x = self.run(self.attentions[i], x, context)
         return x
 
-    def run(self, module, *inputs):
+    def run(self, module: nn.Module, *inputs: torch.Tensor | TextKeysValues) -> torch.Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(module, *inputs, use_reentrant=False)
         return module(*inputs)
@@ -265,7 +300,9 @@ class DownLevel(Level):
         super().__init__(resnet_inputs, channels, layers if attends else 0, depth, heads, config)
         self.downsamplers = nn.ModuleList([] if is_last else [Downsample(channels)])
 
-    def forward(self, x, temb, context):
+    def forward(
+            self, x: torch.Tensor, temb: torch.Tensor, context: torch.Tensor | TextKeysValues,
+            ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         skips = []
         for i in range(len(self.resnets)):
             x = self.layer(i, x, temb, context)
@@ -285,7 +322,9 @@ class MidLevel(Level):
     def __init__(self, channels: int, depth: int, heads: int, config: EncoderConfig):
         super().__init__([channels, channels], channels, 1, depth, heads, config)
 
-    def forward(self, x, temb, context):
+    def forward(
+            self, x: torch.Tensor, temb: torch.Tensor,
+            context: torch.Tensor | TextKeysValues) -> torch.Tensor:
         x = self.layer(0, x, temb, context)
         return self.run(self.resnets[1], x, temb)
 
@@ -305,7 +344,9 @@ class UpLevel(Level):
         super().__init__(resnet_inputs, channels, transformers, depth, heads, config)
         self.upsamplers = nn.ModuleList([] if is_last else [Upsample(channels)])
 
-    def forward(self, x, skips: list, temb, context):
+    def forward(
+            self, x: torch.Tensor, skips: list[torch.Tensor], temb: torch.Tensor,
+            context: torch.Tensor | TextKeysValues) -> torch.Tensor:
         for i in range(len(self.resnets)):
             x = torch.cat([x, skips.pop()], dim=1)
             x = self.layer(i, x, temb, context)
@@ -350,7 +391,9 @@ class Encoder(nn.Module):
             if isinstance(module, Level):
                 module.gradient_checkpointing = on
 
-    def embed(self, t, pooled, size_ids, x) -> torch.Tensor:
+    def embed(
+            self, t: torch.Tensor | float, pooled: torch.Tensor | None,
+            size_ids: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
         """temb [B, 4 * first width], the embedding of t and, for SDXL, pooled text and sizes."""
         t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
         sinusoids = timestep_embedding(t, self.config.block_out_channels[0])
@@ -363,7 +406,9 @@ class Encoder(nn.Module):
             temb = temb + self.add_embedding(added.to(x.dtype))
         return temb
 
-    def encode(self, x, temb, context) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def encode(
+            self, x: torch.Tensor, temb: torch.Tensor, context: torch.Tensor | TextKeysValues,
+            ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """What conv_in made, [B,C,h,w] -> (x after the middle, the skip connections)."""
         skips = [x]
         for level in self.down_blocks:

@@ -190,6 +190,8 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
+    """Pictures [B,3,H,W] and their latents [B,C,H/f,W/f]: diffusers' AutoencoderKL."""
+
     def __init__(self, config: VAEConfig = SDXL_VAE):
         super().__init__()
         self.config = config

@@ -7,11 +7,14 @@ gives what diffusers and transformers read.
 
 import dataclasses
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from minipic.common import InputError
 from minipic.diffusion.schedule import SAMPLER_OF, Schedule
 from minipic.models.clip import CLIPTextConfig, CLIPVisionConfig
 from minipic.models.controlnet import ControlNetConfig
+from minipic.models.nextdit import NextDiTConfig
 from minipic.models.unet import SD15, EncoderConfig, UNetConfig
 from minipic.models.vae import VAEConfig
 
@@ -63,6 +66,26 @@ UNET_FIXED = {
 CONTROLNET_FIXED = UNET_FIXED | {
     "controlnet_conditioning_channel_order": ("rgb",),
     "global_pool_conditions": (False,),
+}
+NEXTDIT_FIXED = {
+    "input_size": ...,
+    "model_max_length": ...,
+    "norm_type": ("rms",),
+    "pred_sigma": (False,),
+    "qk_norm": (True,),
+    # How it was trained and averaged.
+    "decay": ...,
+    "forward_dtype": ...,
+    "inv_gamma": ...,
+    "min_decay": ...,
+    "optimization_step": ...,
+    "param_dtype": ...,
+    "power": ...,
+    "remat_attention": ...,
+    "remat_block": ...,
+    "remat_mlp": ...,
+    "update_after_step": ...,
+    "use_ema_warmup": ...,
 }
 VAE_FIXED = {
     "act_fn": ("silu",),
@@ -136,10 +159,17 @@ SCHEDULE_FIXED = {
     "time_shift_type": ...,
 }
 
+# Of these, keys that only matter to the sampler that a scheduler is named after, and among them
+# those that make another sampler of it.
+SAMPLER_KEYS = (
+    "algorithm_type", "clip_sample", "lambda_min_clipped", "sigma_max", "sigma_min", "solver_order",
+    "solver_type", "stochastic_sampling", "thresholding", "variance_type")
+VARIANT_KEYS = ("algorithm_type", "solver_order", "solver_type")
+
 
 # Reading ------------------------------------------------------------------------------------------
 
-def read_config(cls, values: dict, where="config.json"):
+def read_config(cls: type, values: dict, where: str | Path = "config.json") -> Any:
     """The config `cls` of a network, or the Schedule, from its parsed official JSON file.
 
     where: the file, for messages. Raises InputError naming it, the key, and what is wrong.
@@ -147,7 +177,7 @@ def read_config(cls, values: dict, where="config.json"):
     return READERS[cls](values, where)
 
 
-def config_from_json(cls, values: dict, fixed: dict, where):
+def config_from_json(cls: type, values: dict, fixed: dict, where: str | Path) -> Any:
     """Fill the config dataclass `cls` from an official config.json.
 
     values: the parsed JSON. Keys with a leading underscore are notes of the program that wrote it.
@@ -165,7 +195,8 @@ def config_from_json(cls, values: dict, fixed: dict, where):
         supported = fixed.get(key, ...)
         if supported is not ... and value not in supported:
             choices = ", ".join(map(repr, supported))
-            raise InputError(f"{where}: {key}={value!r} is not supported (supported: {choices})")
+            shown = repr(value)[:80]  # it may have a thousand numbers
+            raise InputError(f"{where}: {key}={shown} is not supported (supported: {choices})")
         if key in known:
             settings[key] = value
         elif key not in fixed and not key.startswith("_"):
@@ -178,12 +209,12 @@ def config_from_json(cls, values: dict, fixed: dict, where):
         raise InputError(f"{where}: {error}; fetch the file again or use another model") from None
 
 
-def read_unet(values: dict, where) -> UNetConfig:
+def read_unet(values: dict, where: str | Path) -> UNetConfig:
     """Keys that the file lacks take diffusers' defaults, which are SD 1.5's, not SDXL's."""
     return config_from_json(UNetConfig, encoder_defaults(UNetConfig) | values, UNET_FIXED, where)
 
 
-def read_controlnet(values: dict, where) -> ControlNetConfig:
+def read_controlnet(values: dict, where: str | Path) -> ControlNetConfig:
     """As read_unet."""
     defaults = encoder_defaults(ControlNetConfig)
     return config_from_json(ControlNetConfig, defaults | values, CONTROLNET_FIXED, where)
@@ -198,7 +229,12 @@ def encoder_defaults(cls: type[EncoderConfig]) -> dict:
     return defaults
 
 
-def read_vae(values: dict, where) -> VAEConfig:
+def read_nextdit(values: dict, where: str | Path) -> NextDiTConfig:
+    """Keys that the file lacks have the released model's values."""
+    return config_from_json(NextDiTConfig, values, NEXTDIT_FIXED, where)
+
+
+def read_vae(values: dict, where: str | Path) -> VAEConfig:
     """Keys that the file lacks take diffusers' defaults."""
     defaults = {
         "sample_size": 32,
@@ -216,7 +252,7 @@ def read_vae(values: dict, where) -> VAEConfig:
     return config_from_json(VAEConfig, values, supported, where)
 
 
-def read_clip_text(values: dict, where) -> CLIPTextConfig:
+def read_clip_text(values: dict, where: str | Path) -> CLIPTextConfig:
     """Keys that the file lacks take transformers' defaults, which are ViT-B/32's."""
     defaults = {
         "hidden_size": 512,
@@ -225,12 +261,11 @@ def read_clip_text(values: dict, where) -> CLIPTextConfig:
         "projection_dim": 512,
     }
     values = defaults | values
-    architectures = values.get("architectures") or ()
-    values["with_projection"] = "CLIPTextModelWithProjection" in architectures
+    values["with_projection"] = values.get("architectures") == ["CLIPTextModelWithProjection"]
     return config_from_json(CLIPTextConfig, values, CLIP_FIXED, where)
 
 
-def read_clip_vision(values: dict, where) -> CLIPVisionConfig:
+def read_clip_vision(values: dict, where: str | Path) -> CLIPVisionConfig:
     """Keys that the file lacks take transformers' defaults, which are ViT-B/32's."""
     defaults = {
         "patch_size": 32,
@@ -243,17 +278,29 @@ def read_clip_vision(values: dict, where) -> CLIPVisionConfig:
     return config_from_json(CLIPVisionConfig, defaults | values, CLIP_FIXED, where)
 
 
-def read_schedule(values: dict, where) -> Schedule:
-    """Keys that the file lacks take diffusers' defaults."""
+def read_schedule(values: dict, where: str | Path) -> Schedule:
+    """Keys that the file lacks take diffusers' defaults.
+
+    A scheduler whose sampler is not here must say its betas. Only its noise levels are read, for
+    another sampler to draw with.
+    """
     name = values.get("_class_name")
-    if name not in SAMPLER_OF:
-        raise InputError(f"{where}: _class_name={name!r} is not supported "
-                         f"(supported: {', '.join(SAMPLER_OF)})")
+    sampler = SAMPLER_OF.get(name) if isinstance(name, str) else None
+    for key in VARIANT_KEYS:
+        supported = SCHEDULE_FIXED[key]
+        if sampler is not None and values.get(key, supported[0]) not in supported:
+            name = f"{name}({key}={values[key]!r})"
+            sampler = None
+    if sampler is None:
+        if not isinstance(name, str) or "beta_start" not in values:
+            raise InputError(f"{where}: _class_name={name!r} is not supported "
+                             f"(supported: {', '.join(SAMPLER_OF)}, and others with betas)")
+        values = noise_levels(values)
     defaults = {
         "beta_start": 0.0001,
         "beta_end": 0.02,
         "beta_schedule": "linear",
-        "prediction_type": "flow" if SAMPLER_OF[name] == "flow_euler" else "epsilon",
+        "prediction_type": "flow" if sampler == "flow_euler" else "epsilon",
         "timestep_spacing": None,
         "steps_offset": 0,
         "set_alpha_to_one": True,
@@ -262,9 +309,20 @@ def read_schedule(values: dict, where) -> Schedule:
     return config_from_json(Schedule, defaults | values, SCHEDULE_FIXED, where)
 
 
+def noise_levels(values: dict) -> dict:
+    """The part of a scheduler_config.json that says nothing of its own sampler."""
+    known = {field.name for field in dataclasses.fields(Schedule)} | SCHEDULE_FIXED.keys()
+    kept = {}
+    for key, value in values.items():
+        if key in known and key not in SAMPLER_KEYS:
+            kept[key] = value
+    return kept
+
+
 READERS = {
     UNetConfig: read_unet,
     ControlNetConfig: read_controlnet,
+    NextDiTConfig: read_nextdit,
     VAEConfig: read_vae,
     CLIPTextConfig: read_clip_text,
     CLIPVisionConfig: read_clip_vision,
@@ -274,7 +332,7 @@ READERS = {
 
 # Writing ------------------------------------------------------------------------------------------
 
-def config_to_json(config) -> dict:
+def config_to_json(config: Any) -> dict:
     """The JSON file of a config, as diffusers or transformers reads it."""
     return WRITERS[type(config)](config)
 
@@ -285,6 +343,10 @@ def write_unet(config: UNetConfig) -> dict:
 
 def write_controlnet(config: ControlNetConfig) -> dict:
     return {"_class_name": "ControlNetModel", **asdict(config)}
+
+
+def write_nextdit(config: NextDiTConfig) -> dict:
+    return {"_class_name": "NextDiT", **asdict(config)}
 
 
 def write_vae(config: VAEConfig) -> dict:
@@ -328,7 +390,8 @@ def write_schedule(schedule: Schedule) -> dict:
             "num_train_timesteps": schedule.num_train_timesteps,
             "shift": schedule.shift,
         }
-    values = {"_class_name": schedule.class_name, **asdict(schedule)}
+    name = schedule.class_name.partition("(")[0]  # without a variant, see read_schedule
+    values = {"_class_name": name, **asdict(schedule)}
     del values["class_name"], values["shift"]
     if schedule.timestep_spacing is None:
         del values["timestep_spacing"]
@@ -340,6 +403,7 @@ def write_schedule(schedule: Schedule) -> dict:
 WRITERS = {
     UNetConfig: write_unet,
     ControlNetConfig: write_controlnet,
+    NextDiTConfig: write_nextdit,
     VAEConfig: write_vae,
     CLIPTextConfig: write_clip_text,
     CLIPVisionConfig: write_clip_vision,

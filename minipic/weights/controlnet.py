@@ -8,7 +8,7 @@ from minipic.models.controlnet import ControlNet, ControlNetConfig
 from minipic.models.unet import EncoderConfig, UNetConfig
 from minipic.weights import keys
 from minipic.weights.folders import open_part
-from minipic.weights.parts import Part, check_part, part_entries
+from minipic.weights.parts import Part, check_part, part_entries, prefix_in
 from minipic.weights.single_file import identify_file
 
 LDM_PREFIX = "control_model."  # begins the names of a file in the LDM layout
@@ -21,13 +21,12 @@ def open_controlnet(path: str | Path, unet: UNetConfig, factor: int, half: bool 
     folder's fp16 files where it has both. Raises InputError naming the path and what does not fit.
     """
     path = Path(path)
-    if path.is_file():
+    if not path.is_dir():
         part = open_controlnet_file(path, unet)
         check_fits_model(part, path, unet, factor)
         return check_part(part)
     if (path / "model_index.json").exists():
-        raise ParameterError(
-            "controlnet", f"{path} is a whole model; expected a ControlNet's folder")
+        raise InputError(f"{path} is a whole model; expected a ControlNet's folder")
     part = open_part(path, "controlnet", half)
     check_fits_model(part, path, unet, factor)
     return part
@@ -37,23 +36,22 @@ def open_controlnet_file(path: Path, unet: UNetConfig) -> Part:
     """A ControlNet from a file, whose shapes say where its config differs from the UNet's."""
     entries, kind = identify_file(path)
     if kind != "a ControlNet":
-        raise ParameterError("controlnet", f"{path} is {kind}; expected an ordinary ControlNet")
+        raise InputError(f"{path} is {kind}; expected an ordinary ControlNet")
     if "shuffle" in path.stem:  # it has an ordinary one's tensors: only its name says so
-        raise ParameterError(
-            "controlnet", f"{path} is one that averages over the picture, which is not supported; "
-            "expected an ordinary ControlNet")
-    has_prefix = any(name.startswith(LDM_PREFIX) for name in entries)
-    prefix = LDM_PREFIX if has_prefix else ""
+        raise InputError(
+            f"{path} is one that averages over the picture, which is not supported; expected an "
+            "ordinary ControlNet")
+    prefix = prefix_in(entries, LDM_PREFIX)
     entries = part_entries(entries, prefix)
     shapes = {}
     for name, entry in entries.items():
-        shapes[keys.controlnet_name(name.removeprefix(prefix))] = entry.shape
+        shapes[keys.controlnet_name(keys.unwrapped(name).removeprefix(prefix))] = entry.shape
     try:
         config = config_from_shapes(shapes, unet)
     except InputError as error:  # from the config, which checks itself and knows no file
-        raise ParameterError(
-            "controlnet", f"{path} does not fit this model ({error}); use a ControlNet that was "
-            "made for it, or fetch the file again") from None
+        raise InputError(
+            f"{path} does not fit this model ({error}); use a ControlNet that was made for it, or "
+            "fetch the file again") from None
     return Part(ControlNet, config, {path: entries}, prefix, keys.controlnet)
 
 
@@ -61,8 +59,7 @@ def check_fits_model(part: Part, path: Path, unet: UNetConfig, factor: int):
     """InputError unless this ControlNet can steer the UNet, with pictures of the VAE's factor."""
     mismatch = find_mismatch(part.config, unet, factor)
     if mismatch is not None:
-        raise ParameterError(
-            "controlnet", f"{path}: {mismatch}; use a ControlNet that was made for this model")
+        raise InputError(f"{path}: {mismatch}; use a ControlNet that was made for this model")
 
 
 def config_from_shapes(shapes: dict[str, tuple], unet: UNetConfig) -> ControlNetConfig:

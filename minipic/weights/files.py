@@ -16,29 +16,38 @@ import hashlib
 import json
 import math
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from minipic.common import InputError
+from minipic.common import InputError, check_ordinary
 
 BITS = {  # of one element of each dtype that is read
-    "F64": 64, "F32": 32, "F16": 16, "BF16": 16,
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8,
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 
 # Bytes. SDXL's single file, the largest model here, has a header of 0.4 MB. The format allows
 # 100 MB, but Python's JSON parser takes 22 seconds and 1.5 GB of memory for that many.
+# A JSON file may have as many; the largest, a tokenizer.json, has 4 MB.
 HEADER_LIMIT = 8 << 20
+
+MAX_NAME_LENGTH = 1000  # characters of a tensor's name; patterns are looked for in it
 
 MAX_DIMENSIONS = 64  # of a tensor, as in PyTorch
 
+# The folder in which new files wait to be put in place, see `replacing_folder`.
+READY = "part-ready"
+# A folder without these is refused as incomplete, here and by diffusers.
+DESCRIPTIONS = ("config.json", "model_index.json")
 # Bytes of a file that are mapped at a time. Converting to another dtype holds no more than that
 # beside its result.
 GROUP_BYTES = 256 << 20
@@ -59,6 +68,7 @@ class Entry(NamedTuple):
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """{name: tensor} of one safetensors file, memory-mapped: nothing is copied until it changes.
 
+    Only numbers of 8 bits are copied, and widened to 16 (`widened`).
     Raises InputError naming the file, and the tensor at fault, where the file is damaged, is of
     another kind, or holds NaN or infinity. Without a hash nobody can see a flipped low bit of a
     weight: weights/download.py compares hashes.
@@ -77,7 +87,7 @@ def stream(path: str | Path, entries: dict[str, Entry]) -> Iterator[tuple[str, t
         try:
             with safe_open(path, framework="pt") as file:
                 for name in names:
-                    tensor = file.get_tensor(name)
+                    tensor = widened(file.get_tensor(name))
                     if not is_finite(tensor):
                         raise InputError(
                             f"{path}: tensor {name!r} holds NaN or infinity: the file is damaged "
@@ -95,6 +105,16 @@ def group_by_place(entries: dict[str, Entry]) -> list[list[str]]:
     for name, entry in entries.items():
         groups.setdefault(entry.start // GROUP_BYTES, []).append(name)
     return list(groups.values())
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """Floats of 8 bits as float16, which has room for each of them; others as they are.
+
+    PyTorch computes next to nothing in 8 bits. Such files save disk, not memory.
+    """
+    if tensor.is_floating_point() and tensor.itemsize == 1:
+        return tensor.half()
+    return tensor
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -125,12 +145,17 @@ def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
     entries = {}
     for name, value in values.items():
+        if len(name) > MAX_NAME_LENGTH:
+            raise InputError(
+                f"{path}: the name of tensor {name[:40]!r}... has {len(name):,} characters: the "
+                "file is damaged; fetch it again")
         entries[name] = check_entry(value, where=f"{path}: tensor {name!r}")
     return sort_by_place(entries, data_size, path), metadata
 
 
 def read_header_bytes(path: Path) -> tuple[bytes, int]:
     """(the header, how many bytes of data follow it). InputError for what cannot be safetensors."""
+    check_ordinary(path)
     try:
         with open(path, "rb") as file:
             file_size = os.fstat(file.fileno()).st_size
@@ -170,6 +195,10 @@ def describe_foreign_file(start: bytes, file_size: int) -> str:
                 "here (get the .safetensors version)")
     if text.startswith((b"{", b"[")):
         return "text (JSON), not weights"
+    if start.startswith(b"GGUF"):
+        return "a GGUF file, whose weights are quantised"
+    if start.startswith(b"\x08") and b"torch" in start:  # a protobuf that names its producer
+        return "an ONNX file"
     if file_size < 10:
         return f"truncated to {file_size} bytes"
     return "damaged or not a safetensors file"
@@ -186,12 +215,12 @@ def dict_without_duplicates(path: Path, pairs: list[tuple]) -> dict:
     return values
 
 
-def is_text_by_name(values) -> bool:
+def is_text_by_name(values: Any) -> bool:
     """Whether a JSON value is an object whose values are all texts."""
     return isinstance(values, dict) and all(isinstance(text, str) for text in values.values())
 
 
-def check_entry(value, where: str) -> Entry:
+def check_entry(value: Any, where: str) -> Entry:
     """What the header says of one tensor, as an Entry. where: file and tensor, for messages."""
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise InputError(f"{where}: its header entry is damaged; fetch the file again")
@@ -214,14 +243,14 @@ def check_entry(value, where: str) -> Entry:
     return Entry(dtype, tuple(shape), start, end)
 
 
-def are_counts(values) -> bool:
+def are_counts(values: Any) -> bool:
     """Whether a JSON value is a list of whole numbers from 0. True, an int in Python, is none."""
     if not isinstance(values, list):
         return False
     return all(type(number) is int and number >= 0 for number in values)
 
 
-def is_shape(values) -> bool:
+def is_shape(values: Any) -> bool:
     """Whether a JSON value is a shape that PyTorch can take: it counts elements in 64 bits."""
     if not are_counts(values) or len(values) > MAX_DIMENSIONS:
         return False
@@ -249,23 +278,48 @@ def sort_by_place(entries: dict[str, Entry], data_size: int, path: Path) -> dict
     return entries
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a file in UTF-8. InputError where it cannot be read or is too long."""
+    check_ordinary(path)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(HEADER_LIMIT + 1)
+        if len(content) > HEADER_LIMIT:
+            raise InputError(
+                f"{path}: has more than {HEADER_LIMIT:,} bytes; expected a small text file")
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        check_finished(Path(path).parent, Path(path).parent.parent)
+        problem = f"cannot read it ({error.strerror}); expected a text file"
+        raise InputError(f"{path}: {problem}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not text in UTF-8; fetch it again") from None
+
+
 def read_json(path: str | Path) -> dict:
     """The object in a JSON file. InputError where the file is missing or holds no JSON object."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        problem = f"cannot read it ({error.strerror}); expected a JSON file"
-        raise InputError(f"{path}: {problem}") from None
+        values = json.loads(read_text(path))
     except (ValueError, RecursionError):
-        raise InputError(f"{path}: is not valid JSON in UTF-8; fetch it again") from None
+        raise InputError(f"{path}: is not valid JSON; fetch it again") from None
     if not isinstance(values, dict):
         kind = type(values).__name__
         raise InputError(f"{path}: expected a JSON object, found a {kind}; fetch it again")
     return values
 
 
+def check_finished(*folders: Path):
+    """InputError for a folder whose files a `replacing_folder` has not all put in place."""
+    for folder in folders:
+        if (folder / READY).is_dir():
+            raise InputError(
+                f"{folder} is unfinished: its writing was interrupted; save the model again, or "
+                "resume the training that wrote it")
+
+
 def sha256(path: str | Path) -> str:
     """The hexadecimal sha256 of a file."""
+    check_ordinary(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -326,6 +380,73 @@ def replacing(path: str | Path, size: int | None = None) -> Iterator[Path]:
     finally:
         if os.path.exists(temporary):
             temporary.unlink()
+
+
+@contextmanager
+def replacing_folder(folder: str | Path, owner: str = "") -> Iterator[Path]:
+    """Write files into a folder so that they replace older ones all together or not at all.
+
+    Gives a temporary folder in it. What the block writes there is flushed to disk and made final by
+    one rename. Then `finish_replacing` puts every file in its place. After an error or a kill the
+    folder is as it was, or it is refused as unfinished until `finish_replacing` is called again.
+    Other files in the folder stay.
+    owner: a word in the temporary folder's name, by which the writer knows what a kill has left.
+    """
+    folder = Path(folder)
+    temporary = folder / f"part-{owner or os.getpid()}"
+    try:
+        finish_replacing(folder)
+        remove_folder(temporary)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            flush(path)
+        os.replace(temporary, folder / READY)
+        flush(folder)
+        finish_replacing(folder)
+    except OSError as error:
+        problem = f"cannot write there ({error}); make room or choose another place"
+        raise InputError(f"{folder}: {problem}") from error
+    finally:
+        remove_folder(temporary)
+
+
+def finish_replacing(folder: Path):
+    """Put every file in its place that a `replacing_folder` has made final, if there are any.
+
+    No mix of old and new files can be opened meanwhile: the DESCRIPTIONS go first and come last.
+    """
+    ready = folder / READY
+    if not ready.is_dir():
+        return
+    files = [path for path in ready.rglob("*") if path.is_file()]
+    descriptions = [path for path in files if path.name in DESCRIPTIONS]
+    for path in descriptions:
+        (folder / path.relative_to(ready)).unlink(missing_ok=True)
+    # model_index.json, in the folder itself, is the last of all.
+    descriptions.sort(key=lambda path: len(path.parts), reverse=True)
+    for path in [*(path for path in files if path not in descriptions), *descriptions]:
+        target = folder / path.relative_to(ready)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_variants(target)
+        os.replace(path, target)
+        flush(target.parent)
+    remove_folder(ready)
+
+
+def remove_variants(weights: Path):
+    """Remove an older model's files in 16 bits or in shards, which would be read in its place."""
+    if weights.name not in ("model.safetensors", "diffusion_pytorch_model.safetensors"):
+        return
+    for old in weights.parent.glob(f"{weights.stem}*safetensors*"):
+        if re.search("fp16|bf16|index|-of-", old.name):
+            old.unlink()
+
+
+def remove_folder(folder: Path):
+    """Delete a folder and all in it, if it is there."""
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def flush(path: Path):

@@ -12,14 +12,17 @@ import torch
 from torch import nn
 
 from minipic.common import InputError
-from minipic.models.clip import CLIPText, CLIPTextConfig
+from minipic.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from minipic.models.controlnet import ControlNet, ControlNetConfig
+from minipic.models.nextdit import NextDiT, NextDiTConfig
 from minipic.models.unet import UNet, UNetConfig
 from minipic.models.vae import VAE, VAEConfig
 from minipic.weights import keys
-from minipic.weights.files import read_header, read_json, save_weights, write_json
+from minipic.weights.files import (
+    read_header, read_json, replacing_folder, save_weights, write_json)
 from minipic.weights.parts import Part, Source, check_part, part_entries
 from minipic.weights.configs import config_to_json, read_config
+from minipic.weights.tokenizer import LENGTH
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,27 @@ KINDS = {
         keys.clip),
     "text_encoder_2": Kind(
         CLIPText, CLIPTextConfig, ("CLIPTextModelWithProjection",), "model", keys.clip),
+    "image_encoder": Kind(
+        CLIPVision, CLIPVisionConfig, ("CLIPVisionModelWithProjection",), "model", keys.clip),
     "controlnet": Kind(
         ControlNet, ControlNetConfig, ("ControlNetModel",), "diffusion_pytorch_model",
-        keys.controlnet)}
-MODEL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # a ControlNet has its own folder
-# What else an official model_index.json may list: it is read elsewhere, or not needed to draw.
+        keys.controlnet),
+    "transformer": Kind(
+        NextDiT, NextDiTConfig, ("NextDiT",), "diffusion_pytorch_model", keys.unchanged)}
+# A ControlNet and OneDiffusion's transformer have folders of their own.
+MODEL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+# What else a model_index.json may list: it is read elsewhere, or not needed to draw.
 OTHER_PARTS = (
     "scheduler", "tokenizer", "tokenizer_2", "feature_extractor", "safety_checker", "image_encoder")
+# What other pipelines add to a model, which is whole without it. Their folders are read as the
+# model's own; a ControlNet in one can be added from its own folder.
+ADDED_PARTS = ("controlnet", "adapter")
+ADDED_WORDS = re.compile(
+    "ControlNet(Union)?|Adapter|PAG|SAG|KDiffusion|Panorama|AttendAndExcite|Paradigms|Differential|"
+    "LongPromptWeighting")
 PIPELINES = re.compile(r"StableDiffusion(XL)?(Img2Img|Inpaint|InstructPix2Pix)?Pipeline")
+VARIANTS = ("fp16", "bf16")  # in the names of weights files in 16 bits
+UNREAD = {"*.bin": "pickle", "*.onnx": "ONNX", "*.msgpack": "Flax", "*.gguf": "GGUF"}
 
 
 # Reading ----------------------------------------------------------------------------------------
@@ -62,7 +78,7 @@ def open_folder(path: Path, half: bool = False) -> Source:
     half: prefer the fp16 files where a folder has both.
     """
     index_file = path / "model_index.json"
-    index = read_json(index_file)
+    index = plain_index(read_json(index_file), index_file)
     parts = {name: open_part(path / name, name, half) for name in listed_parts(index, index_file)}
     for name in ("unet", "vae"):
         if name not in parts:
@@ -71,12 +87,22 @@ def open_folder(path: Path, half: bool = False) -> Source:
     return Source(parts, index, read_json(path / "scheduler" / "scheduler_config.json"))
 
 
-def listed_parts(index: dict, index_file: Path) -> list[str]:
-    """The networks that a model_index.json lists, in the order of MODEL_PARTS."""
+def plain_index(index: dict, index_file: Path) -> dict:
+    """A model_index.json as the plain pipeline of the same model has it."""
     pipeline = index.get("_class_name")
-    if not PIPELINES.fullmatch(str(pipeline)):
+    plain = ADDED_WORDS.sub("", str(pipeline))
+    if plain == "DiffusionPipeline":  # diffusers' base class, which says nothing
+        xl = "XL" if "text_encoder_2" in index else ""
+        plain = f"StableDiffusion{xl}Pipeline"
+    if not PIPELINES.fullmatch(plain):
         raise InputError(
             f"{index_file} describes a {pipeline}; supported: Stable Diffusion 1, 2, XL")
+    values = {name: value for name, value in index.items() if name not in ADDED_PARTS}
+    return values | {"_class_name": plain}
+
+
+def listed_parts(index: dict, index_file: Path) -> list[str]:
+    """The networks that a model_index.json lists, in the order of MODEL_PARTS."""
     present = set()
     for name, value in index.items():
         # A part is [library, class], an absent part [None, None], and a setting no list.
@@ -91,7 +117,12 @@ def listed_parts(index: dict, index_file: Path) -> list[str]:
 def check_parts_fit(parts: dict[str, Part], path: Path):
     """InputError unless the UNet takes the latents of the VAE and the text of the text encoders."""
     unet = parts["unet"].config
-    latent = parts["vae"].config.latent_channels
+    vae = parts["vae"].config
+    if (vae.in_channels, vae.out_channels) != (3, 3):
+        raise InputError(
+            f"{path / 'vae'} takes {vae.in_channels} colours and makes {vae.out_channels}; "
+            "expected 3 of each")
+    latent = vae.latent_channels
     to_edit = 2 * latent  # x and the latent of the picture to edit
     to_inpaint = 2 * latent + 1  # x, the mask, and the latent of the picture around it
     if unet.in_channels not in (latent, to_edit, to_inpaint) or unet.out_channels != latent:
@@ -101,13 +132,28 @@ def check_parts_fit(parts: dict[str, Part], path: Path):
             "(inpainting)")
 
     text_width = 0  # SDXL puts the states of two encoders side by side
+    pooled_width = 0  # the last encoder's
     for name in ("text_encoder", "text_encoder_2"):
         if name in parts:
-            text_width += parts[name].config.hidden_size
+            encoder = parts[name].config
+            text_width += encoder.hidden_size
+            pooled_width = encoder.projection_dim if encoder.with_projection else 0
+            if encoder.max_position_embeddings < LENGTH:
+                raise InputError(
+                    f"{path / name} reads {encoder.max_position_embeddings} tokens; prompts have "
+                    f"{LENGTH}")
     if text_width != unet.cross_attention_dim:
         raise InputError(
             f"{path}: its text encoders make {text_width} numbers a token, its UNet takes "
             f"{unet.cross_attention_dim}; fetch the folder again, with every text encoder")
+    if unet.addition_embed_type is not None:
+        width = unet.addition_time_embed_dim
+        pooled_and_sizes = unet.projection_class_embeddings_input_dim
+        # Six size ids, or five in a refiner
+        if pooled_width not in (pooled_and_sizes - 6 * width, pooled_and_sizes - 5 * width):
+            raise InputError(
+                f"{path / 'unet'} takes {pooled_and_sizes} numbers of pooled text and sizes, which "
+                f"a text encoder of {pooled_width} does not fit; fetch the folder again")
 
 
 def open_part(folder: Path, name: str, half: bool = False) -> Part:
@@ -135,18 +181,26 @@ def open_part(folder: Path, name: str, half: bool = False) -> Part:
 def find_files(folder: Path, stem: str, half: bool) -> list[Path]:
     """The weights files of a part: one, or the shards that an index lists.
 
-    half: prefer fp16 to full precision. Without it, fp16 is read where there is nothing else.
+    half: prefer 16 bits to full precision. Without it, they are read where there is nothing else.
+    Then another variant is read too, such as fp32 or non_ema, if it is the only one.
     """
     full = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
-    fp16 = [f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json",
-            f"{stem}.fp16.safetensors.index.json"]
-    for name in fp16 + full if half else full + fp16:
+    in_16_bits = []
+    for variant in VARIANTS:
+        in_16_bits += [
+            f"{stem}.{variant}.safetensors", f"{stem}.safetensors.index.{variant}.json",
+            f"{stem}.{variant}.safetensors.index.json"]
+    for name in in_16_bits + full if half else full + in_16_bits:
         path = folder / name
         if path.is_file():
             return [path] if path.suffix == ".safetensors" else find_shards(path)
-    pickles = "; only pickle files, which are never read" if any(folder.glob("*.bin")) else ""
+    others = list(folder.glob(f"{stem}.*.safetensors"))
+    if len(others) == 1:
+        return others
+    unread = [kind for pattern, kind in UNREAD.items() if any(folder.glob(pattern))]
+    only = f"; only {' and '.join(unread)} files, which are never read" if unread else ""
     raise InputError(
-        f"{folder}: neither {stem}.safetensors nor {stem}.fp16.safetensors is there{pickles}")
+        f"{folder}: neither {stem}.safetensors nor {stem}.fp16.safetensors is there{only}")
 
 
 def find_shards(index: Path) -> list[Path]:
@@ -168,28 +222,29 @@ def find_shards(index: Path) -> list[Path]:
 def save_part(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> dict:
     """Write one network: config.json, whose content is returned, and the weights.
 
-    dtype: of the stored weights; None keeps the network's. Files of an older model in 16 bits or in
-    shards would be read in place of the new one, and are removed.
+    Both appear together, in place of an older network. dtype: of the stored weights; None keeps the
+    network's.
     """
-    folder = Path(folder)
+    with replacing_folder(folder) as temporary:
+        return write_part(model, temporary, dtype)
+
+
+def write_part(model: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> dict:
+    """`save_part` into a new folder."""
     values = config_to_json(model.config)
     stem = "diffusion_pytorch_model" if "_class_name" in values else "model"  # transformers' name
     save_weights(
         {key: tensor.to(dtype=dtype) for key, tensor in model.state_dict().items()},
         folder / f"{stem}.safetensors")
-    for old in folder.glob(f"{stem}*safetensors*"):
-        if re.search("fp16|index|-of-", old.name):
-            old.unlink()
     write_json(values, folder / "config.json")
     return values
 
 
 def save_folder(folder: str | Path, parts: dict[str, nn.Module], index: dict, scheduler: dict,
                 dtype: torch.dtype | None = None):
-    """Write {part: network} as a folder that diffusers loads, but for the tokenizers' folders.
+    """Write {part: network} as a new folder that diffusers loads, but for the tokenizers' folders.
 
-    index, scheduler: as in Source. dtype: as in `save_part`. model_index.json is written last: a
-    folder without it is unfinished.
+    index, scheduler: as in Source. dtype: as in `save_part`.
     """
     folder = Path(folder)
     index = dict(index)
@@ -197,7 +252,7 @@ def save_folder(folder: str | Path, parts: dict[str, nn.Module], index: dict, sc
         if isinstance(value, list):
             index[name] = [None, None]  # absent, unless it is among the parts that follow
     for name, model in parts.items():
-        values = save_part(model, folder / name, dtype)
+        values = write_part(model, folder / name, dtype)
         if "_class_name" in values:
             index[name] = ["diffusers", values["_class_name"]]
         else:

@@ -19,6 +19,7 @@ Renamed = list[tuple[str, torch.Tensor]]
 # sgm numbers the blocks of a UNet through its levels. On the way down a level has 2 resnets and a
 # downsampler, on the way up 3 resnets, the last with the upsampler.
 BLOCKS_PER_LEVEL = 3
+LONGEST_NAME = 100  # characters of a name in a message
 VAE_LEVELS = 4  # LDM numbers the decoder's levels from the picture, diffusers from the latent
 
 # Tensors of official files that are no weights of the networks: leftovers of training, precomputed
@@ -29,8 +30,15 @@ NOISE_SCHEDULE = (
     "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped",
     "posterior_mean_coef1", "posterior_mean_coef2")
 IGNORED = re.compile(
-    r"(.*\.)?(position_ids|logit_scale)|denoiser\.sigmas|(model_ema|loss)\..*|v_pred|ztsnr|"
-    r"(cond_stage_model|conditioner\.embedders\.0)\.text_projection|" + "|".join(NOISE_SCHEDULE))
+    r"(.*\.)?(position_ids|logit_scale)|denoiser\.(log_)?sigmas|(model_ema|loss)\..*|v_pred|ztsnr|"
+    # The projection of SDXL's first encoder is not used. ComfyUI saves it.
+    r"(cond_stage_model|conditioner\.embedders\.0)\.(transformer\.)?text_projection(\.weight)?|" +
+    "|".join(NOISE_SCHEDULE))
+# What torch.compile, DistributedDataParallel, PEFT, FSDP and activation checkpointing put before
+# the names of the network inside, in any order and number.
+WRAPPERS = re.compile(
+    r"(?<![^.])(_orig_mod|module|base_model\.model|_fsdp_wrapped_module|"
+    r"_checkpoint_wrapped_module)\.")
 
 # Tables {start of a name in the file: start of the name here}; a start ends where a dot follows.
 UNET_ENDS = {
@@ -84,10 +92,15 @@ def replace_start(name: str, table: dict[str, str]) -> str:
     return name
 
 
+def unwrapped(name: str) -> str:
+    """"module._orig_mod.conv_in.bias" -> "conv_in.bias"."""
+    return WRAPPERS.sub("", name)
+
+
 def first_names(names: list[str], most: int = 3) -> str:
     """The first few of the names, for a message."""
     dots = ", ..." if len(names) > most else ""
-    return ", ".join(names[:most]) + dots
+    return ", ".join(name[:LONGEST_NAME] for name in names[:most]) + dots
 
 
 # UNet and ControlNet ----------------------------------------------------------------------------
@@ -228,6 +241,8 @@ def openclip(name: str, tensor: torch.Tensor) -> Renamed:
     if name == "text_projection" and tensor.ndim == 2:
         # used as x @ P there and as the weight of a Linear, x @ W.T, here
         return [("text_projection.weight", tensor.T.contiguous())]
+    if name == "text_projection.weight":  # as diffusers' converter writes it: a Linear's already
+        return [(name, tensor)]
     name = "text_model." + replace_start(name, OPENCLIP)
     in_layer = re.fullmatch(r"(text_model\.encoder\.layers\.\d+\.)(.+)", name)
     if not in_layer:
@@ -241,29 +256,65 @@ def openclip(name: str, tensor: torch.Tensor) -> Renamed:
     return [(layer + replace_start(inner, OPENCLIP_LAYER), tensor)]
 
 
+# Networks with one layout ------------------------------------------------------------------------
+
+
+def unchanged(name: str, tensor: torch.Tensor) -> Renamed:
+    """A network whose files have only ever had the names that it has here."""
+    return [(name, tensor)]
+
+
 # Files of other kinds ---------------------------------------------------------------------------
 
+LORA = r"lora_(up|down|A|B)\b|lora(_linear_layer)?\.(up|down)\.|^lora_(unet|te)"
 FOREIGN_KINDS = {  # what a file is: a pattern that is in the name of one of its tensors
-    "a LoRA": (
-        r"lora_(up|down|A|B)\b|lora(_linear_layer)?\.(up|down)\.|^lora_(unet|te)|hada_w1|lokr_w1|"
-        r"dora_scale"),
+    # Other ways to change the layers of a network, which look like LoRAs
+    "a DoRA": r"dora_scale|lora_magnitude_vector",
+    "a LoHa": r"hada_(w|t)\d",
+    "a LoKr": r"lokr_(w|t)\d",
+    "a GLoRA": r"\.[ab][12]\.weight$",
+    "an (IA)3": r"\bia3_l|\.on_input$",
+    "an OFT or BOFT": r"\bb?oft_",
+    "a LoRA with biases of its own": r"lora_B\.([^.]+\.)?bias$",
+    "a LoRA": LORA,
+    # Networks beside the UNet, and words
+    "a ControlNet-LLLite": r"^lllite_",
     "a Control-LoRA": r"^lora_controlnet",
     "a union ControlNet": r"(^|\.)(task_embedding$|control_add_embedding\.)",
     "a ControlNet": (
         r"^control_model\.|controlnet_(cond_embedding|down_blocks|mid_block)|^input_hint_block\."),
     "an IP-Adapter": r"^(image_proj|ip_adapter)\.",
+    "a T2I-Adapter": r"^(adapter\.)?body\.\d+\.(block\d|in_conv|resnets)\b",
     "a textual inversion": r"^(clip_[lg]|emb_params|string_to_param)$",
-    "a Flux model": r"(^|\.)(double_blocks|single_blocks|single_transformer_blocks)\.",
-    "a Stable Diffusion 3 model": r"(^|\.)(joint_blocks|context_embedder)\.",
+    # Models of other families, in the names of a model or of a LoRA for it
+    "a Flux model": r"(^|[._])(double_blocks|single_blocks|single_transformer_blocks)[._]",
+    "a Stable Diffusion 3 model": (
+        r"(^|[._])(joint_blocks|context_embedder)[._]|attn\.add_[qkv]_proj"),
     "a Playground 2.5 model": r"^edm_(mean|std)$",
-    "a video model": r"(^|\.)(motion_modules|time_stack)\.",
+    "a CosXL model": r"^edm_vpred\.",
+    "a video model": r"(^|[._])(motion_modules?|time_stack)[._]",
+    "a Stable Cascade model": r"(^|\.)(clip_txt_mapper|effnet_mapper)\.|^lora_prior_",
+    "a diffusion transformer": (
+        r"(^|\.)(x_embedder|cap_embedder|caption_projection|adaln_single|patchify_proj|txt_norm|"
+        r"text_embedding\.0)\b|"
+        r"(^|\.)(lora_unet_|transformer\.|lora_transformer_|diffusion_model\.)"
+        r"(transformer_)?(blocks|layers)[._]"),
+    "a T5 text encoder": r"\.SelfAttention\.",
+    "a CLIP image encoder": r"^vision_model\.",
+    "an upscaler": r"\b(rdb|RDB)\d\.",
+    "a model with scaled 8-bit weights": r"(^|\.)(scaled_fp8|scale_weight|weight_scale)$",
+    "a model with 4-bit weights": r"\.(absmax|quant_map|qweight)$",
 }
 
 
-def foreign_kind(names: Iterable[str]) -> str | None:
-    """What kind of file has some of these tensors, if it is not a model of this library."""
+def foreign_kind(names: Iterable[str], besides: str = "") -> tuple[str, str] | None:
+    """(what kind of file has some of these tensors, the first such name); None where none is known.
+
+    besides: a kind that is not looked for.
+    """
     names = list(names)
     for kind, pattern in FOREIGN_KINDS.items():
-        if any(re.search(pattern, name) for name in names):
-            return kind
+        for name in names:
+            if kind != besides and re.search(pattern, name):
+                return kind, name
     return None

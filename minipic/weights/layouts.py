@@ -12,9 +12,10 @@ from pathlib import Path
 from minipic.common import InputError, ParameterError
 from minipic.models.vae import SDXL_VAE, VAE, VAEConfig
 from minipic.weights import keys
+from minipic.weights.files import check_finished
 from minipic.weights.folders import open_folder, open_part, save_folder, save_part
 from minipic.weights.parts import (
-    Part, Source, build_empty, check_part, load_part, memory_format, part_entries)
+    Part, Source, build_empty, check_part, load_part, memory_format, part_entries, prefix_in)
 from minipic.weights.single_file import FIRST_STAGE, SINGLE_FILES, identify_file, open_single_file
 
 __all__ = [
@@ -33,10 +34,14 @@ def open_model(path: str | Path, half: bool = False, vae: str | Path | None = No
         raise InputError(
             f"{path}: no such file or folder; fetch official weights with weights/download.py")
     if path.is_dir() and not (path / "model_index.json").exists():
+        check_finished(path)
         files = list(path.glob("*.safetensors"))
         if len(files) != 1:
+            inside = [*path.glob("*/model_index.json"), *path.glob("snapshots/*/model_index.json")]
+            hint = f"; give the model in it, such as {inside[0].parent}" if inside else ""
             raise InputError(
-                f"{path} is no model: it has neither model_index.json nor one .safetensors file")
+                f"{path} is no model: it has neither model_index.json nor one .safetensors file"
+                f"{hint}")
         path = files[0]
     source = open_folder(path, half) if path.is_dir() else open_single_file(path)
     if vae is not None:
@@ -60,6 +65,5 @@ def open_vae(path: str | Path, config: VAEConfig = SDXL_VAE) -> Part:
         return open_single_file(path).parts["vae"]
     if kind != "vae":
         raise InputError(f"{path} is {kind}; expected a VAE")
-    has_prefix = any(name.startswith(FIRST_STAGE.prefix) for name in entries)
-    prefix = FIRST_STAGE.prefix if has_prefix else ""
+    prefix = prefix_in(entries, FIRST_STAGE.prefix)
     return check_part(Part(VAE, config, {path: part_entries(entries, prefix)}, prefix, keys.vae))

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,8 @@ from minipic.kernels import casting
 from minipic.weights import keys
 from minipic.weights.files import Entry, stream
 
-FLOATS = ("F32", "F16", "BF16")  # how weights are stored; official files' integers are all ignored
+# How weights are stored; official files' integers are all ignored.
+FLOATS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class Part:
     files: dict[Path, dict[str, Entry]] = field(default_factory=dict)  # only the part's own tensors
     prefix: str = ""  # what the names of the tensors begin with
     convert: Callable = keys.unet  # (name without prefix, tensor) -> [(name, tensor), ...]
+
+    def renamed(self, name: str, tensor: torch.Tensor) -> keys.Renamed:
+        """[(name, tensor), ...] of the network, from one of the file."""
+        return self.convert(keys.unwrapped(name)[len(self.prefix):], tensor)
 
 
 @dataclass(frozen=True)
@@ -45,9 +51,18 @@ def part_entries(entries: dict[str, Entry], prefix: str = "") -> dict[str, Entry
     """The entries of one part, whose tensors' names begin with `prefix`, without the ignored."""
     own = {}
     for name, entry in entries.items():
-        if name.startswith(prefix) and not keys.IGNORED.fullmatch(name[len(prefix):]):
+        whole = keys.unwrapped(name)
+        short = whole.removeprefix(prefix)
+        is_ignored = keys.IGNORED.fullmatch(whole) or keys.IGNORED.fullmatch(short)
+        if whole.startswith(prefix) and not is_ignored:
             own[name] = entry
     return own
+
+
+def prefix_in(entries: dict[str, Entry], prefix: str) -> str:
+    """The prefix, where some names in a file begin with it, else ""."""
+    has_prefix = any(keys.unwrapped(name).startswith(prefix) for name in entries)
+    return prefix if has_prefix else ""
 
 
 class Uninitialised(TorchFunctionMode):
@@ -59,7 +74,7 @@ class Uninitialised(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def build_empty(model: type[nn.Module], config) -> nn.Module:
+def build_empty(model: type[nn.Module], config: Any) -> nn.Module:
     """A network without memory, on the meta device, for load_state_dict(assign=True) to fill."""
     with torch.device("meta"), Uninitialised():
         return model(config)
@@ -84,7 +99,7 @@ def check_part(part: Part) -> Part:
             example_of_dtype[entry.dtype] = name
 
             tensor = torch.empty(entry.shape, device="meta")
-            for key, renamed in part.convert(name[len(part.prefix):], tensor):
+            for key, renamed in part.renamed(name, tensor):
                 if key in origins:
                     other, _ = origins[key]
                     raise InputError(
@@ -103,13 +118,14 @@ def check_part(part: Part) -> Part:
 
 
 @functools.cache
-def state_shapes(model: type[nn.Module], config) -> dict[str, tuple]:
+def state_shapes(model: type[nn.Module], config: Any) -> dict[str, tuple]:
     """{name: shape} of the state of a network. A model is often opened several times in a run."""
     state = build_empty(model, config).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def check_fit(model: type[nn.Module], config, origins: dict[str, tuple[str, tuple]], where: Path):
+def check_fit(
+        model: type[nn.Module], config: Any, origins: dict[str, tuple[str, tuple]], where: Path):
     """InputError unless the names and shapes in `origins` are those of the network's state.
 
     origins: {name in the network: (name in the file, shape)}. where: the file, for messages.
@@ -125,8 +141,9 @@ def check_fit(model: type[nn.Module], config, origins: dict[str, tuple[str, tupl
             misshapen.append(f"{name} is {list(shape)} instead of {list(expected[key])}")
 
     network = model.__name__
-    kind = keys.foreign_kind(unexpected)
-    if kind is not None:
+    foreign = keys.foreign_kind(unexpected)
+    if foreign is not None and foreign[0] != f"a {network}":
+        kind, _ = foreign
         raise InputError(f"{where} is {kind}; expected the weights of a {network}")
     problems = []
     for problem, names in (
@@ -152,7 +169,7 @@ def load_part(part: Part, dtype: torch.dtype | None = None, device: str | torch.
     state = {}
     for path, entries in part.files.items():
         for name, tensor in stream(path, entries):
-            for key, weight in part.convert(name[len(part.prefix):], tensor):
+            for key, weight in part.renamed(name, tensor):
                 weight_dtype = None if key in kept_as_stored else dtype
                 order = memory_format(dtype) if weight.ndim == 4 else torch.preserve_format
                 state[key] = weight.to(device=device, dtype=weight_dtype, memory_format=order)

@@ -62,6 +62,14 @@ SINGLE_FILES = {"sdxl": SDXL, "refiner": REFINER, "sd15": STABLE_DIFFUSION_15}
 # The width of the text that the UNet attends to: the family.
 CONTEXT_WIDTHS = {
     2048: "sdxl", 1280: "refiner", 768: "sd15", 1024: "a Stable Diffusion 2 model"}
+# What the metadata may say of the prediction, in the words of ModelSpec (kohya's scripts write it)
+# and of ComfyUI.
+PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
+PREDICTIONS = {
+    "epsilon": "epsilon", "eps": "epsilon",
+    "v": "v_prediction", "v_pred": "v_prediction", "v_prediction": "v_prediction"}
+# Models that draw in a few steps must begin in pure noise.
+FEW_STEP_MODELS = re.compile(r"turbo|lightning|hyper-?sd|dmd2|\blcm\b", re.IGNORECASE)
 # UNets that take more than a latent's 4 channels: what diffusers calls their pipelines.
 WIDER = {8: "InstructPix2Pix", 9: "Inpaint"}
 
@@ -86,11 +94,7 @@ def from_single_file(path: Path, parts: dict[str, Part], index: dict, scheduler:
     """
     path = Path(path)
     entries, metadata = read_header(path)
-    # ComfyUI marks such files with an empty tensor, kohya's scripts mark them in the metadata.
-    if "v_pred" in entries or metadata.get("modelspec.prediction_type") == "v":
-        scheduler = scheduler | {"prediction_type": "v_prediction"}
-    if "ztsnr" in entries:
-        scheduler = scheduler | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    scheduler = scheduler | marked_schedule(path, entries, metadata)
 
     channels = unet_channels(shapes_of(entries))
     if channels in WIDER:
@@ -103,6 +107,7 @@ def from_single_file(path: Path, parts: dict[str, Part], index: dict, scheduler:
     prefixes = tuple(part.prefix for part in parts.values())
     unexpected = []
     for name in entries:
+        name = keys.unwrapped(name)
         if not name.startswith(prefixes) and not keys.IGNORED.fullmatch(name):
             unexpected.append(name)
     if unexpected:
@@ -113,9 +118,39 @@ def from_single_file(path: Path, parts: dict[str, Part], index: dict, scheduler:
     for name, part in parts.items():
         own = part_entries(entries, part.prefix)
         part = replace(part, files={path: own})
-        has_no_vae = name == "vae" and not own  # some files leave it out, for a user has one anyway
-        filled[name] = part if has_no_vae else check_part(part)
+        if not own and name != "vae":
+            raise InputError(
+                f"{path} holds no {name}: it is a UNet alone or a merge without text encoders; "
+                "get the whole model")
+        # Some files leave the VAE out, for a user has one anyway.
+        filled[name] = check_part(part) if own else part
     return Source(filled, index, scheduler)
+
+
+def marked_schedule(path: Path, entries: dict[str, Entry], metadata: dict[str, str]) -> dict:
+    """What a single file says of its noise schedule, in the words of scheduler_config.json.
+
+    Most say nothing: `Schedule.override` is for what a user knows of them.
+    """
+    marks = {}
+    for key in PREDICTION_KEYS:
+        if key in metadata:
+            prediction = PREDICTIONS.get(metadata[key].lower())
+            if prediction is None:
+                raise InputError(
+                    f"{path}: its {key} is {metadata[key]!r}, which is not supported (supported: "
+                    f"{', '.join(PREDICTIONS)})")
+            marks["prediction_type"] = prediction
+    about = metadata.get("modelspec.architecture", ""), metadata.get("modelspec.title", "")
+    title = " ".join(about)
+    if FEW_STEP_MODELS.search(title):
+        marks["timestep_spacing"] = "trailing"
+    # Empty tensors, which ComfyUI and AUTOMATIC1111's web UI look for
+    if "v_pred" in entries:
+        marks["prediction_type"] = "v_prediction"
+    if "ztsnr" in entries:
+        marks |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return marks
 
 
 # What a file holds ------------------------------------------------------------------------------
@@ -128,14 +163,14 @@ def identify_file(path: Path) -> tuple[dict[str, Entry], str]:
 
 
 def shapes_of(entries: dict[str, Entry]) -> Shapes:
-    return {name: entry.shape for name, entry in entries.items()}
+    return {keys.unwrapped(name): entry.shape for name, entry in entries.items()}
 
 
 def identify(shapes: Shapes) -> str:
     """What a single file holds: a key of SINGLE_FILES, "vae", or something else, in words."""
-    kind = keys.foreign_kind(shapes)
-    if kind is not None:
-        return kind
+    foreign = keys.foreign_kind(shapes)
+    if foreign is not None:
+        return foreign[0]
 
     width = context_width(shapes)
     if width is not None:
@@ -143,12 +178,15 @@ def identify(shapes: Shapes) -> str:
         if channels not in (4, *WIDER):
             return (f"a model of {channels} input channels instead of 4, 8 (instruct-pix2pix) or 9 "
                     "(inpainting)")
+        has_middle = any("middle_block.1." in name for name in shapes)
+        if "model.diffusion_model.out.2.weight" in shapes and not has_middle:
+            return "a distilled model whose UNet has fewer blocks, such as SSD-1B"
         return CONTEXT_WIDTHS.get(width, f"a model of unknown context width {width}")
 
     names = {name.removeprefix(FIRST_STAGE.prefix) for name in shapes}
     if "encoder.conv_in.weight" in names and "decoder.conv_in.weight" in names:
         return "vae"
-    if "conv_in.weight" in shapes:
+    if "conv_in.weight" in shapes or "input_blocks.0.0.weight" in shapes:
         return "a UNet alone"
     if any(name.endswith(("token_embedding.weight", "token_embedding")) for name in shapes):
         return "a text encoder alone"

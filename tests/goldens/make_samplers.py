@@ -2,12 +2,13 @@
 
     python tests/goldens/make_samplers.py        writes tests/goldens/samplers_*.safetensors
 
-It needs diffusers (0.42) and k-diffusion (0.1.1). The data is Gaussian with standard deviation STD, for which the best
-prediction is known, so no network is needed. The tests use `gaussian` and `draw_diffusers` too, to compare live where
-diffusers is installed.
+It needs diffusers (0.42); what k-diffusion (0.1.1) gives is written where that is installed. The data is Gaussian with
+standard deviation STD, for which the best prediction is known, so no network is needed. The tests use `gaussian` and
+`draw_diffusers` too, to compare live where diffusers is installed.
 """
 
 import importlib.util
+import inspect
 import itertools
 import sys
 import types
@@ -27,8 +28,15 @@ CONFIG = {  # SDXL base's scheduler_config.json
     "skip_prk_steps": True, "steps_offset": 1, "timestep_spacing": "leading", "trained_betas": None,
     "use_karras_sigmas": False,
 }
-CLASSES = {"euler": "EulerDiscreteScheduler", "euler_ancestral": "EulerAncestralDiscreteScheduler",
-           "ddim": "DDIMScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler", "heun": "HeunDiscreteScheduler"}
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+CLASSES = {  # sampler: diffusers' class that draws the same, of models that predict noise or v
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "ddim": "DDIMScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "heun": "HeunDiscreteScheduler",
+}
+FLOW_CLASSES = {"flow_euler": "FlowMatchEulerDiscreteScheduler"}  # of models that predict a velocity
 
 
 def cases():
@@ -54,29 +62,45 @@ def draw_noise(generators):
 
 def gaussian(table, prediction_type):
     """The best predict(x, t) for N(0, STD^2) data; table: sigma of every training timestep."""
+    def predict_velocity(x, t):
+        """On the line x = (1 - sigma) x0 + sigma * noise, where t = 1000 sigma."""
+        sigma = float(t) / 1000
+        return x * (sigma - (1 - sigma) * STD**2) / ((1 - sigma) ** 2 * STD**2 + sigma**2)
+
     def predict(x, t):
         sigma = np.interp(float(t), np.arange(len(table)), table)
         x = x * (sigma**2 + 1) ** 0.5
         noise, x0 = x * sigma / (sigma**2 + STD**2), x * STD**2 / (sigma**2 + STD**2)
         return noise if prediction_type == "epsilon" else (noise - sigma * x0) / (sigma**2 + 1) ** 0.5
 
-    return predict
+    return predict_velocity if prediction_type == "flow" else predict
 
 
 def draw_diffusers(sampler, config, steps=STEPS):
     """A whole drawing as StableDiffusionXLPipeline runs it -> (latent, timesteps, sigmas or None)."""
     import diffusers
 
-    scheduler = getattr(diffusers, CLASSES[sampler]).from_config(config)
-    scheduler.set_timesteps(steps)
-    predict = gaussian(np.array(((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod) ** 0.5),
-                       config["prediction_type"])
     streams = generators()
-    extra = {"generator": streams} if sampler == "euler_ancestral" else {}
-    x = draw_noise(streams) * scheduler.init_noise_sigma
+    if sampler in FLOW_CLASSES:
+        scheduler = getattr(diffusers, FLOW_CLASSES[sampler]).from_config(config)
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())  # as the flow pipelines call it
+        predict = gaussian(None, "flow")
+        x = draw_noise(streams)
+    else:
+        scheduler = getattr(diffusers, CLASSES[sampler]).from_config(config)
+        scheduler.set_timesteps(steps)
+        predict = gaussian(np.array(((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod) ** 0.5),
+                           config["prediction_type"])
+        x = draw_noise(streams) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        x = scheduler.step(predict(scheduler.scale_model_input(x, t), t), t, x, **extra).prev_sample
+        seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        x = scheduler.step(predict(seen, t), t, x, **with_generators(scheduler, streams)).prev_sample
     return x, scheduler.timesteps.float(), getattr(scheduler, "sigmas", None)
+
+
+def with_generators(scheduler, streams):
+    """The generators as an argument of scheduler.step, which some schedulers draw fresh noise from."""
+    return {"generator": streams} if "generator" in inspect.signature(scheduler.step).parameters else {}
 
 
 def from_diffusers():
@@ -133,4 +157,5 @@ def from_k_diffusion():
 
 if __name__ == "__main__":
     save_file(from_diffusers(), HERE / "samplers_diffusers.safetensors")
-    save_file(from_k_diffusion(), HERE / "samplers_k_diffusion.safetensors")
+    if importlib.util.find_spec("k_diffusion"):
+        save_file(from_k_diffusion(), HERE / "samplers_k_diffusion.safetensors")
