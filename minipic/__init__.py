@@ -1,7 +1,7 @@
 """minipic: SDXL from scratch in readable Python, and the papers that people fine-tune it with.
 
-A prompt goes down through text, guidance, UNet and VAE and comes out as a picture. A paper is one file
-(`minipic/papers/`) that changes one of these from outside.
+A prompt goes down through text, guidance, UNet and VAE and comes out as a picture. A paper is one
+file (`minipic/papers/`) that changes one of these from outside.
 
 Dimension key, used in every comment and docstring:
 

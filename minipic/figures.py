@@ -34,7 +34,9 @@ def image_grid(
     label_font = ImageFont.load_default(font_size)
     title_font = ImageFont.load_default(1.25 * font_size)
     title_lines = wrap(title or "", title_font, sheet_width - 2 * gap)
-    label_lines = [wrap(label, label_font, width) for label in labels or [""] * len(pictures)]
+    label_lines = []
+    for label in labels or [""] * len(pictures):
+        label_lines.append(wrap(label, label_font, width))
 
     top = gap + len(title_lines) * line_height(title_font)
     label_height = max(map(len, label_lines)) * line_height(label_font)
@@ -110,11 +112,10 @@ def loss_curve(rows: list[dict]) -> Image.Image:
     height = 360
     margin = 24
     steps = [row["step"] for row in rows]
-    is_logarithmic = all(row["loss"] > 0 for row in rows)
+    values = [row["loss"] for row in rows]
+    is_logarithmic = min(values) > 0
     if is_logarithmic:
-        values = [math.log(row["loss"]) for row in rows]
-    else:
-        values = [row["loss"] for row in rows]
+        values = list(map(math.log, values))
     low = min(values)
     high = max(values)
     plot = Plot(left=70, right=width - margin, top=margin, bottom=height - margin,

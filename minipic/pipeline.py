@@ -9,7 +9,6 @@ ControlNet (2302.05543); edits by instruction (InstructPix2Pix, 2211.09800). The
 the picture that diffusers gives.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,14 +22,18 @@ from minipic.common import InputError, ParameterError, find_file
 from minipic.diffusion.guidance import combine, rescale
 from minipic.diffusion.samplers import SAMPLERS, keep_unmasked
 from minipic.diffusion.schedule import Grid, Schedule
-from minipic.draw_settings import DrawSettings, check_against_model
-from minipic.image import mask_to_tensor, resize_and_crop, to_pictures, to_rgb, to_tensor
+from minipic.draw_settings import DrawSettings, check_against_model, choose_size, nth_seed
+from minipic.image import mask_to_tensor, resize_and_crop, to_pictures, to_tensor
 from minipic.kernels.cuda_graph import graph_helps, graphed
 from minipic.layers import lora
-from minipic.text import Conditioning, encode_prompts, open_tokenizer, size_ids
+from minipic.models.clip import CLIPText
+from minipic.models.unet import UNet
+from minipic.models.vae import VAE
+from minipic.text import Conditioning, Tokenizer, encode_weighted, open_tokenizer, size_ids
 from minipic.weights.configs import config_to_json, read_config
+from minipic.weights.files import replacing_folder
 from minipic.weights.layouts import open_model, save_folder
-from minipic.weights.networks import TEXT_ENCODERS, TOKENIZER_OF, Networks, OnDisk
+from minipic.weights.networks import TEXT_ENCODERS, TOKENIZER_OF, Networks, OnDisk, is_scale
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 PIXELS_AT_ONCE = 1024 * 1024    # drawn or decoded together: 0.5 GB an activation of the VAE in fp32
@@ -74,14 +77,16 @@ class Branch:
 
 
 class SeededNoise:
-    """Unit noise [n,C,h,w]. Row i has a generator of its own with seed + i, whatever n is.
+    """Unit noise [n,C,h,w]. Row i has a generator of its own, see `nth_seed`, whatever n is.
 
     The generators are on the CPU, as diffusers' by default: the noise is the same on every device.
     Every call takes the next numbers of the generators.
     """
 
     def __init__(self, seed: int, n: int, shape: tuple, device: torch.device):
-        self.generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]
+        self.generators = []
+        for i in range(n):
+            self.generators.append(torch.Generator().manual_seed(nth_seed(seed, i)))
         self.shape = shape
         self.device = device
 
@@ -99,12 +104,12 @@ class Pipeline(Networks):
     """
 
     def __init__(
-            self, unet, vae, text_encoder=None, text_encoder_2=None,
-            tokenizer=None, tokenizer_2=None,
+            self, unet: UNet, vae: VAE, text_encoder: CLIPText | None = None,
+            text_encoder_2: CLIPText | None = None, tokenizer: Tokenizer | None = None,
+            tokenizer_2: Tokenizer | None = None,
             schedule: Schedule | None = None, index: dict | None = None):
         super().__init__(unet, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2)
         self.schedule = schedule or Schedule()
-        self.is_sdxl = unet.config.addition_embed_type is not None
         name = "StableDiffusionXLPipeline" if self.is_sdxl else "StableDiffusionPipeline"
         self.index = index or {"_class_name": name}
         # {(prompt, negative, changes): Conditionings}. When networks are read lazily, the text
@@ -131,11 +136,15 @@ class Pipeline(Networks):
             (kernels/casting.py).
         Raises InputError naming what is wrong.
         """
+        if not isinstance(path, (str, Path)):
+            raise ParameterError("path", f"expected a file or folder, not {path!r}")
         path = find_file(path)
+        vae = find_file(vae) if vae is not None else None
         dtype = dtype or torch.float32
-        device = device or "cpu"
         if not isinstance(dtype, torch.dtype):
             raise ParameterError("dtype", f"{dtype!r} is none of PyTorch's, such as torch.bfloat16")
+        device = usable_device(device or "cpu")
+        loras = files_and_scales(lora)
         source = open_model(path, half=dtype != torch.float32, vae=vae)
         parts = source.parts
         latent_channels = parts["vae"].config.latent_channels
@@ -162,14 +171,17 @@ class Pipeline(Networks):
         if not lazy:
             pipeline.fetch(*parts)
             pipeline.on_disk = {}  # all are in memory, and stay there: `free` finds nothing to free
-        for file, scale in files_and_scales(lora):
+        for file, scale in loras:
             pipeline.add_lora(file, scale)
         return pipeline
 
-    def save(self, folder: str | Path, dtype: torch.dtype | None = None):
-        """Write a diffusers folder that `load` and diffusers read.
+    def save(
+            self, folder: str | Path, dtype: torch.dtype | None = None,
+            class_name: str | None = None):
+        """Write a diffusers folder that `load` and diffusers read, all at once.
 
         dtype: of the weights there; None: as they are.
+        class_name: of diffusers' pipeline for this model, if it is no longer that in `index`.
         """
         if any(lora.layers(self)) or self.loras or self.words:
             raise InputError(
@@ -177,10 +189,12 @@ class Pipeline(Networks):
                 "save those by themselves")
         self.fetch(*PARTS)
         parts = {name: getattr(self, name) for name in PARTS if getattr(self, name) is not None}
-        for name in parts.keys() & TOKENIZER_OF.keys():
-            tokenizer = TOKENIZER_OF[name]
-            getattr(self, tokenizer).save(Path(folder) / tokenizer)
-        save_folder(folder, parts, self.index, config_to_json(self.schedule), dtype)
+        index = self.index | {"_class_name": class_name or self.index["_class_name"]}
+        with replacing_folder(folder) as temporary:
+            for name in parts.keys() & TOKENIZER_OF.keys():
+                tokenizer = TOKENIZER_OF[name]
+                getattr(self, tokenizer).save(temporary / tokenizer)
+            save_folder(temporary, parts, index, config_to_json(self.schedule), dtype)
 
     def __repr__(self):
         width, height = self.size
@@ -193,7 +207,7 @@ class Pipeline(Networks):
             lines.append(f"  {name}: {type(network).__name__}, {count:,} parameters, {place}")
         lines.append(f"  schedule: {self.schedule.sampler}, {self.schedule.prediction_type}")
         lines += [f"  LoRA {name} at {scale:g}" for name, (scale, _) in self.loras.items()]
-        lines += [f"  word {word}" for word in self.words]
+        lines += [f"  word {word!r}" for word in self.words]
         return "\n".join(lines)
 
     @property
@@ -203,15 +217,9 @@ class Pipeline(Networks):
         return side, side
 
     @property
-    def extra_input(self) -> str:
-        """What the UNet sees besides x.
-
-        "" nothing, "edit" the picture to change (InstructPix2Pix), "mask" the mask and the picture
-        around it (inpainting).
-        """
-        latent = self.vae.config.latent_channels
-        kinds = {latent: "", 2 * latent: "edit", 2 * latent + 1: "mask"}
-        return kinds[self.unet.config.in_channels]
+    def zeros_for_empty_prompt(self) -> bool:
+        """Whether the UNet knows no text at all as zeros, as SDXL base does, or as the text ""."""
+        return self.is_sdxl and self.index.get("force_zeros_for_empty_prompt", True)
 
     # Drawing --------------------------------------------------------------------------------------
 
@@ -227,15 +235,17 @@ class Pipeline(Networks):
             progress: bool | None = None) -> list[Image.Image]:
         """Draw n pictures of a prompt.
 
-        prompt, negative: what to draw, and what not. No negative prompt (None) is not always the
-            empty one, see `encode`.
+        prompt, negative: what to draw, and what not; of any length, with weights such as
+            (red:1.3), see text.parse_weights. No negative prompt (None) is not always the empty
+            one, see `encode`.
         steps: from noise to picture.
         guidance: how much to follow the prompt; 1 or less is off, as Turbo wants it.
-        seed: picture i has seed + i.
-        size: (width, height), multiples of 8; the model's own by default.
+        seed: from 0 to 2**64 - 1; picture i has seed + i.
+        size: (width, height), multiples of 8; by default that of the picture that is given, but no
+            more pixels than the model's own size.
         sampler: a name in samplers.SAMPLERS; the model's own by default.
         image: a picture to start from, changed the more the higher `strength`, above 0 up to 1.
-        mask: white where to draw, black where to keep `image`; of the same size.
+        mask: white where to draw, black or transparent where to keep `image`; of the same size.
         control: [(picture, scale), ...] for the ControlNets in the order of `add_controlnet`:
             edges, depth or the like, and how closely to follow them, 1 as trained, 0 not at all.
         edit: a picture that the prompt says how to change, for a model trained to.
@@ -255,6 +265,8 @@ class Pipeline(Networks):
             edit=edit, image_guidance=image_guidance, refiner=refiner,
             high_noise_frac=high_noise_frac, original_size=original_size, crop=crop,
             target_size=target_size, guidance_rescale=guidance_rescale, graph=graph)
+        if not isinstance(progress, bool | None):
+            raise ParameterError("progress", f"expected True, False or None, not {progress!r}")
         drawing = self.prepare(settings)
         hidden = None if progress is None else not progress  # None: hidden without a terminal
         for x, _ in tqdm(self.denoise(drawing), total=len(drawing), disable=hidden, leave=False):
@@ -280,25 +292,27 @@ class Pipeline(Networks):
             edit=edit, image_guidance=image_guidance, refiner=refiner,
             high_noise_frac=high_noise_frac, original_size=original_size, crop=crop,
             target_size=target_size, guidance_rescale=guidance_rescale, graph=graph)
-        for x, _ in self.denoise(self.prepare(settings)):
-            yield x
+        drawing = self.prepare(settings)  # mistakes are raised here, before the first step
+        return (x for x, _ in self.denoise(drawing))
 
     @torch.no_grad()
     def encode(self, prompt: str, negative: str | None = None) -> tuple[Conditioning, Conditioning]:
         """(what is wanted, what is not): two Conditionings of one row, without sizes.
 
-        No negative prompt at all (None) is zeros where the model was trained so, as SDXL base was;
-        "" is encoded.
+        A negative prompt of None is none at all, see `zeros_for_empty_prompt`; "" is encoded.
         """
+        for name, text in (("prompt", prompt), ("negative", negative or "")):
+            if not isinstance(text, str):
+                raise ParameterError(name, f"expected one text, not {text!r}")
         key = prompt, negative, self.changes
         if key in self.encoded:
             return self.encoded[key]
         self.fetch(*TEXT_ENCODERS)
         encoders = self.tokenizers_and_encoders
-        cond = Conditioning(*encode_prompts([prompt], encoders, self.is_sdxl))
-        uncond = Conditioning(*encode_prompts([negative or ""], encoders, self.is_sdxl))
-        zeros_if_none = self.is_sdxl and self.index.get("force_zeros_for_empty_prompt", True)
-        if negative is None and zeros_if_none:
+        wanted, unwanted = encode_weighted([prompt, negative or ""], encoders, self.is_sdxl)
+        cond = Conditioning(*wanted)
+        uncond = Conditioning(*unwanted)
+        if negative is None and self.zeros_for_empty_prompt:
             uncond = Conditioning(torch.zeros_like(cond.context), torch.zeros_like(cond.pooled))
         if self.on_disk:
             self.encoded[key] = cond, uncond
@@ -310,15 +324,13 @@ class Pipeline(Networks):
         Reads no weights. Raises ParameterError for what cannot be drawn with this model.
         """
         check_against_model(settings, self)
-        size = settings.size
-        if size is None:
-            given = [settings.image, settings.edit, *(picture for picture, _ in settings.control)]
-            first = next((picture for picture in given if picture is not None), None)
-            size = self.size if first is None else (first.width // 8 * 8, first.height // 8 * 8)
-        if any(side < 8 or side % 8 for side in size):
-            asked = "x".join(map(str, size))
-            raise ParameterError(
-                "size", f"{asked}: width and height must be multiples of 8, at least 8")
+        size = choose_size(settings, self.size)
+        if settings.mask is not None:
+            mask = mask_to_tensor(settings.mask, size)
+            if not latent_mask(mask, self.vae.config.factor).any():
+                raise ParameterError(
+                    "mask", "hardly anything of it is white, so nothing would be drawn; paint "
+                    "white where to draw")
         grid = self.schedule.grid(settings.steps, settings.sampler)
         if settings.image is not None:
             grid = grid.strength(settings.strength)
@@ -432,8 +444,8 @@ class Pipeline(Networks):
     def denoise(self, drawing: Drawing, network: Callable | None = None) -> Iterator[tuple]:
         """Yield (x_t, predicted x0), each [n,4,h,w] and ready for `decode`, after every step.
 
-        Editing what is yielded does not change the drawing; a `network` can. (A flow's x is not a
-        copy: do not edit it in place.)
+        What is yielded is for looking at: do not edit it in place. A `network` can change the
+        drawing.
         network: what predicts instead of the UNet; called as
             network(x, t, context, pooled, size_ids, residuals), with the rows of `predictor`.
         """
@@ -441,7 +453,8 @@ class Pipeline(Networks):
         use_graph = graph_helps(self.device) if settings.graph is None else settings.graph
         x = drawing.x
         for stage in drawing.stages:
-            pipeline, sigmas = stage.pipeline, stage.grid.sigmas
+            pipeline = stage.pipeline
+            sigmas = stage.grid.sigmas
             objective = pipeline.schedule.objective
             predict = pipeline.guided_network(drawing, stage, network)
             if use_graph:
@@ -472,7 +485,8 @@ class Pipeline(Networks):
         settings = drawing.settings
         branches = self.guidance_branches(stage, settings)
         # ControlNets and extra channels are the first model's. A refiner has none.
-        controls, extra = [], None
+        controls = []
+        extra = None
         if stage is drawing.stages[0]:
             extra = drawing.extra
             for name, (picture, scale) in zip(self.controlnets, settings.control):
@@ -500,7 +514,8 @@ class Pipeline(Networks):
         return [Branch(stage.cond)]
 
     def predictor(
-            self, branches: list[Branch], n: int, guidance_rescale: float = 0.0, controls=(),
+            self, branches: list[Branch], n: int, guidance_rescale: float = 0.0,
+            controls: list[tuple[str, torch.Tensor, float]] | tuple = (),
             extra: torch.Tensor | None = None, network: Callable | None = None) -> Callable:
         """Make predict(x, t): it runs all branches as one batch through the network, and combines.
 
@@ -581,7 +596,8 @@ class Pipeline(Networks):
         """Scaled latents [n,4,h,w] -> n PIL pictures."""
         self.fetch("vae")
         weight = next(self.vae.parameters())
-        width, height = x.shape[3] * self.vae.config.factor, x.shape[2] * self.vae.config.factor
+        width = x.shape[3] * self.vae.config.factor
+        height = x.shape[2] * self.vae.config.factor
         decode = self.vae.decode
         if width * height > PIXELS_UNTILED:
             decode = self.vae.decode_tiles
@@ -598,14 +614,28 @@ class Pipeline(Networks):
         return max(1, PIXELS_AT_ONCE // (size[0] * size[1]))
 
 
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of this name. ParameterError where PyTorch cannot compute on it here."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise ParameterError(
+            "device", f"PyTorch cannot compute on {device!r} here; 'cpu' always works") from error
+    return torch.device(device)
+
+
 def files_and_scales(lora: str | Path | tuple | list) -> list[tuple[str | Path, float]]:
     """The `lora` of Pipeline.load as [(file, scale), ...]."""
     is_file = isinstance(lora, (str, Path))
     is_pair = isinstance(lora, tuple) and len(lora) == 2 and isinstance(lora[1], (int, float))
+    if not isinstance(lora, (str, Path, tuple, list)):
+        raise ParameterError("lora", f"expected files or pairs (file, scale), not {lora!r}")
     pairs = []
     for item in [lora] if is_file or is_pair else lora:
-        file, scale = item if isinstance(item, tuple) else (item, 1.0)
-        pairs.append((file, scale))
+        pair = item if isinstance(item, tuple) else (item, 1.0)
+        if len(pair) != 2 or not isinstance(pair[0], (str, Path)) or not is_scale(pair[1]):
+            raise ParameterError("lora", f"expected a file or a pair (file, scale), not {item!r}")
+        pairs.append(pair)
     return pairs
 
 

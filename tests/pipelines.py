@@ -12,14 +12,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from goldens.make_samplers import CLASSES
 
 from minipic.pipeline import Pipeline
 from tiny import PROMPT
 
 STEPS, SEED = 8, 3
-SCHEDULERS = {
-    "euler": "EulerDiscreteScheduler", "ddim": "DDIMScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler",
-    "euler_ancestral": "EulerAncestralDiscreteScheduler", "heun": "HeunDiscreteScheduler"}
 FLOAT32 = torch.float32
 
 
@@ -84,7 +82,7 @@ def peer_latents(name: str, folder: Path, sampler: str = "euler", **given) -> to
 
 def run_peer(pipeline, scheduler: dict, sampler: str = "euler", **given) -> torch.Tensor:
     """The same with a pipeline that is already there. scheduler: the config of its scheduler."""
-    pipeline.scheduler = getattr(pytest.importorskip("diffusers"), SCHEDULERS[sampler]).from_config(scheduler)
+    pipeline.scheduler = getattr(pytest.importorskip("diffusers"), CLASSES[sampler]).from_config(scheduler)
     set_timesteps = pipeline.scheduler.set_timesteps
 
     def widened_set_timesteps(*given, **more):

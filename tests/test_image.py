@@ -13,7 +13,8 @@ from PIL import Image, PngImagePlugin
 from minipic.common import InputError
 from minipic.figures import image_grid
 from minipic.image import (
-    open_picture, parameters, read_settings, resize_and_crop, save_new, to_pictures, to_tensor, write_if_free)
+    mask_to_tensor, open_control, open_mask, open_picture, parameters, read_saved_settings, resize_and_crop, save_new,
+    to_pictures, to_tensor, write_if_free)
 
 SETTINGS = {"prompt": "a blåbær 🫐", "negative": "blurry", "steps": 30, "sampler": "euler", "guidance": 5.0, "seed": 7,
             "model": "weights/tiny"}
@@ -64,6 +65,66 @@ def test_other_modes_become_rgb(tmp_path):
     assert np.array_equal(turned, np.rot90(levels(), -1))
 
 
+LEFT = np.arange(12) < 6  # of a row
+
+
+def mask_files(folder):
+    """(name, the levels that are expected of open_mask [8,12]) of files in every mode that can be a mask."""
+    row = np.where(LEFT, 255, 0).astype(np.uint8)
+    painted = np.tile(row, (8, 1))
+    white, black = np.full_like(painted, 255), np.zeros_like(painted)
+    grey = levels(channels=1)[..., 0]
+    palette = Image.fromarray(np.where(LEFT, 1, 0).astype(np.uint8)[None].repeat(8, 0), "P")
+    palette.putpalette([255, 255, 255, 255, 255, 255])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rgba = Image.fromarray(np.dstack([white, white, white, painted]))
+    cases = [
+        ("rgba.png", rgba, painted, {}),
+        ("rgba.webp", rgba, painted, {"lossless": True}),
+        ("black.png", Image.fromarray(np.dstack([black, black, black, painted])), black, {}),
+        ("half.png", Image.fromarray(np.dstack([white, white, white, painted // 2])), painted // 2, {}),
+        ("la.png", Image.fromarray(np.dstack([white, painted])), painted, {}),
+        ("palette.png", palette, painted, {"transparency": 0}),
+        ("grey with transparency.png", Image.fromarray(painted), black, {"transparency": 255}),
+        ("grey.png", Image.fromarray(grey), grey, {}),
+        ("one bit.png", Image.fromarray(painted).convert("1"), painted, {}),
+        ("16 bits.png", Image.fromarray(grey.astype(np.uint16) * 257), grey, {}),
+        ("cmyk.jpg", Image.new("CMYK", (12, 8), (0, 0, 0, 255)), black, {}),
+        ("animated.png", Image.fromarray(painted), painted,
+         {"save_all": True, "append_images": [Image.fromarray(black)]}),
+        ("turned.png", Image.fromarray(grey), np.rot90(grey, -1), {"exif": exif})]
+    for name, picture, expected, options in cases:
+        picture.save(folder / name, **options)
+        yield name, expected
+
+
+def test_masks_of_every_mode_are_black_where_nothing_is_painted(tmp_path):
+    for name, expected in mask_files(tmp_path):
+        mask = open_mask(tmp_path / name)
+        assert mask.mode == "L" and np.abs(np.asarray(mask).astype(int) - expected).max() < 4, name
+        assert torch.equal(mask_to_tensor(mask, mask.size)[0], torch.from_numpy(expected >= 128).float()), name
+
+
+def test_a_mask_that_pillow_opened_is_read_in_the_same_way():
+    mask = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    mask.paste((255, 255, 255, 255), (16, 16, 32, 32))
+    assert mask_to_tensor(mask, (64, 64)).mean() == 1 / 16
+
+
+def test_control_maps_are_black_and_pictures_white_where_they_are_transparent(tmp_path):
+    line = np.zeros((8, 12, 4), np.uint8)
+    line[3] = 255, 255, 255, 255
+    Image.fromarray(line).save(tmp_path / "a.png")
+    expected = np.zeros((8, 12, 3), np.uint8)
+    expected[3] = 255
+    assert np.array_equal(np.asarray(open_control(tmp_path / "a.png")), expected)
+    assert np.asarray(open_picture(tmp_path / "a.png")).min() == 255
+    depth = levels(channels=1)[..., 0]
+    Image.fromarray(depth.astype(np.uint16) * 257).save(tmp_path / "depth.png")
+    assert np.array_equal(np.asarray(open_control(tmp_path / "depth.png")), depth[..., None].repeat(3, -1))
+
+
 def png_of_size(width, height):
     """The start of a PNG that claims this size."""
     header = struct.pack(">II5B", width, height, 8, 2, 0, 0, 0)
@@ -76,7 +137,7 @@ def png_of_size(width, height):
     ("half.png", lambda data: data[:len(data) // 2]), ("half.jpg", lambda data: data[:len(data) // 2]),
     ("half.webp", lambda data: data[:len(data) // 2]), ("flipped.png", lambda data: data[:200] + b"\0\0" + data[202:]),
     ("bomb.png", lambda data: png_of_size(10_000, 10_000)), ("large.png", lambda data: png_of_size(14_000, 14_000)),
-    ("really_a.gif", lambda data: data),
+    ("really_an.ico", lambda data: data),
 ])
 def test_damaged_pictures_are_refused(name, change, tmp_path):
     path = tmp_path / name
@@ -84,7 +145,7 @@ def test_damaged_pictures_are_refused(name, change, tmp_path):
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(InputError) as error:
         open_picture(path)
-    assert str(error.value).startswith(f"{path}: expected a PNG, JPEG, WebP or BMP picture")
+    assert str(error.value).startswith(f"{path}: expected a PNG, JPEG, WebP or similar picture")
 
 
 def test_missing_pictures_are_refused(tmp_path):
@@ -117,12 +178,42 @@ def test_grid_has_every_picture_and_label():
 
 def test_settings_come_back_from_the_file(tmp_path):
     path = save_new(Image.fromarray(levels()), tmp_path / "new" / "a.png", SETTINGS)
-    assert read_settings(path) == SETTINGS
+    assert read_saved_settings(path) == SETTINGS
     assert Image.open(path).info["parameters"] == (
         "a blåbær 🫐\nNegative prompt: blurry\n"
         "Steps: 30, Sampler: euler, CFG scale: 5.0, Seed: 7, Size: 12x8, Model: weights/tiny")
     assert "Negative" not in parameters(SETTINGS | {"negative": None}, (8, 8))
     assert np.array_equal(np.asarray(open_picture(path)), levels())
+
+
+@pytest.mark.parametrize("ending", ["jpg", "jpeg", "JPG", "webp"])
+def test_settings_come_back_from_exif_data(ending, tmp_path):
+    pixels = Image.fromarray(levels()).resize((48, 32))
+    path = save_new(pixels, tmp_path / f"a.{ending}", SETTINGS)
+    assert path.name == f"a.{ending}" and read_saved_settings(path) == SETTINGS
+    with Image.open(path) as file:
+        assert file.format == ("WEBP" if ending == "webp" else "JPEG")
+        comment = file.getexif().get_ifd(0x8769)[0x9286]  # where AUTOMATIC1111's web UI writes it
+    assert comment == b"UNICODE\0" + parameters(SETTINGS, (48, 32)).encode("utf-16-be")
+    assert np.abs(np.asarray(open_picture(path)).astype(int) - np.asarray(pixels)).mean() < 8
+    assert save_new(pixels, path, SETTINGS).name == f"a-0002.{ending}"
+
+
+def test_a_camera_is_not_taken_for_us(tmp_path):
+    exif = Image.Exif()
+    exif[0x010E] = '{"prompt": "a"}'
+    Image.fromarray(levels()).save(tmp_path / "a.jpg", exif=exif)
+    with pytest.raises(InputError, match="a.jpg: no minipic settings"):
+        read_saved_settings(tmp_path / "a.jpg")
+
+
+def test_what_a_format_cannot_hold_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="too long for a JPEG"):
+        path = save_new(Image.fromarray(levels()), tmp_path / "a.jpg", SETTINGS | {"prompt": "word " * 20_000})
+    assert open_picture(path).size == (12, 8)
+    with pytest.raises(InputError, match="a.webp: cannot be written"):  # WebP ends at 16383 pixels
+        save_new(Image.new("RGB", (16384, 1)), tmp_path / "a.webp")
+    assert not list(tmp_path.glob("a.webp*"))
 
 
 @pytest.mark.parametrize("text", [None, "{", json.dumps([1])])
@@ -132,7 +223,7 @@ def test_files_without_settings_are_refused(text, tmp_path):
         info.add_text("minipic", text)
     Image.fromarray(levels()).save(tmp_path / "a.png", pnginfo=info)
     with pytest.raises(InputError, match="a.png: no minipic settings"):
-        read_settings(tmp_path / "a.png")
+        read_saved_settings(tmp_path / "a.png")
 
 
 def test_no_picture_is_overwritten(tmp_path):

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from goldens.make_samplers import CLASSES
+from PIL import Image
 from safetensors.torch import load_file
 
 from minipic.common import InputError, ParameterError
@@ -22,16 +24,19 @@ from minipic.image import to_tensor
 from minipic.models.controlnet import ControlNetConfig
 from minipic.models.unet import UNetConfig
 from minipic.pipeline import DrawSettings, Pipeline
-from minipic.recipes.tokenizer import train_tokenizer
+from minipic.recipes.clip import train_tokenizer
 from minipic.text import open_tokenizer
 from minipic.weights import networks
-from pipelines import SCHEDULERS, SEED, STEPS, assert_same, final, final64, load64, peer_latents
+from pipelines import SEED, STEPS, assert_same, final, final64, load64, peer_latents
 from tiny import NEGATIVE, PROMPT, mask, picture
+
+HAIRLINE = Image.new("L", (64, 64))  # of one white pixel, which no pixel of the latent sees
+HAIRLINE.putpixel((5, 5), 255)
 
 GOLDENS = Path(__file__).parent / "goldens" / "pipeline.safetensors"
 
 CASES = {  # name: (kind of model, settings of the drawing)
-    **{sampler: ("sdxl", dict(sampler=sampler, negative=NEGATIVE)) for sampler in SCHEDULERS},
+    **{sampler: ("sdxl", dict(sampler=sampler, negative=NEGATIVE)) for sampler in CLASSES},
     "no negative": ("sdxl", dict()),
     "empty negative": ("sdxl", dict(negative="")),
     "micro-conditioning": ("sdxl", dict(size=(64, 48), original_size=(100, 80), crop=(3, 7), target_size=(40, 56))),
@@ -273,6 +278,40 @@ def test_large_pictures_are_decoded_in_tiles(monkeypatch):
     assert tiled == [2]
 
 
+def test_a_model_saved_after_a_textual_inversion(tmp_path):
+    """diffusers' --save_as_full_pipeline: new tokens in the tokenizers, new rows in the embeddings."""
+    diffusers = pytest.importorskip("diffusers")
+    peer = diffusers.StableDiffusionXLPipeline.from_pretrained(tiny.folder())
+    torch.manual_seed(0)
+    for tokenizer, encoder in ((peer.tokenizer, peer.text_encoder), (peer.tokenizer_2, peer.text_encoder_2)):
+        tokenizer.add_tokens(["<toy>", "<toy>_1"])
+        encoder.resize_token_embeddings(len(tokenizer))
+    peer.save_pretrained(tmp_path)
+    ours = Pipeline.load(tmp_path)
+    prompt = "a <toy> on a grey floor"
+    context, _, pooled, _ = peer.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
+    cond, _ = ours.encode(prompt)
+    torch.testing.assert_close(cond.context, context, rtol=1e-4, atol=1e-5)
+    ids = ours.tokenizer_2([prompt])
+    assert ids[0, 2:4].tolist() == [ours.tokenizer_2.size - 2, ours.tokenizer_2.size - 1]  # both vectors
+    # diffusers pools at the largest id, which is the new token; the model was trained with the end token.
+    peer.text_encoder_2.text_model.eos_token_id = ours.tokenizer_2.end
+    expected = peer.text_encoder_2(ids).text_embeds
+    assert (expected - pooled).abs().max() > 1e-3
+    torch.testing.assert_close(cond.pooled, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_whose_scheduler_is_not_here_draws_with_a_sampler_that_is(tmp_path):
+    shutil.copytree(tiny.folder(), tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "scheduler/scheduler_config.json"
+    path.write_text(path.read_text().replace("EulerDiscreteScheduler", "UniPCMultistepScheduler"))
+    model = Pipeline.load(tmp_path)
+    assert torch.equal(final(model, steps=3, sampler="euler"), final(tiny.model(), steps=3))
+    with pytest.raises(ParameterError, match="^sampler: the UniPCMultistepScheduler of this model is not here; choose"):
+        model.generate(PROMPT, steps=3)
+    assert "UniPC" not in repr(tiny.model()) and repr(model)
+
+
 def no_second_tokenizer(folder):
     shutil.rmtree(folder / "tokenizer_2")
 
@@ -343,7 +382,10 @@ def test_parameters_are_those_of_the_settings(name, monkeypatch):
     ("edit", Path("photo.png")), ("control", picture()), ("control", [picture()]), ("control", [("edges.png", 1.0)]),
     ("control", [(picture(), "1")]), ("size", "64x64"), ("size", 64.0), ("size", (64,)), ("size", (64, None)),
     ("crop", 3), ("original_size", "64x64"), ("target_size", (1, 2, 3)), ("sampler", 3),
-    ("refiner", "weights/refiner")])
+    ("refiner", "weights/refiner"), ("sampler", ["euler"]), ("graph", "no"), ("progress", "yes"), ("n", True),
+    ("seed", True), ("strength", True), ("size", True), ("seed", -1), ("seed", 2**64), ("guidance", 1e300),
+    ("guidance_rescale", 5.0), ("guidance_rescale", -1.0), ("high_noise_frac", 2.0), ("high_noise_frac", -0.1),
+    ("original_size", (-5, 3)), ("original_size", (10**20, 5)), ("target_size", (0, 1)), ("crop", (-5, 0))])
 def test_an_argument_of_the_wrong_type_is_named_in_one_sentence(parameter, value):
     with pytest.raises(ParameterError) as error:
         tiny.model().generate(**{"prompt": PROMPT, parameter: value})
@@ -353,7 +395,7 @@ def test_an_argument_of_the_wrong_type_is_named_in_one_sentence(parameter, value
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(sampler="eular"), "sampler: 'eular' is unknown; choose one of euler,"),
+    (dict(sampler="eular"), "sampler: 'eular' is unknown; choose one of "),
     (dict(sampler="flow_euler"), "sampler: "),
     (dict(steps=0), "steps: choose between 1 and 1000, not 0"),
     (dict(steps=1001), "steps: choose between 1 and 1000, not 1001"),
@@ -364,7 +406,12 @@ def test_an_argument_of_the_wrong_type_is_named_in_one_sentence(parameter, value
     (dict(image=picture(), strength=0.0), "strength: choose above 0"),
     (dict(image=picture(), strength=1.5), "strength: choose above 0"),
     (dict(image=picture(), strength=0.01), "no step"),
+    (dict(seed=-1), f"seed: choose 0 to {2**64 - 1}, not -1"),
+    (dict(seed=2**64), f"seed: choose 0 to {2**64 - 1}, not {2**64}"),
     (dict(mask=mask()), "mask: needs an image"),
+    (dict(image=picture(), mask=Image.new("L", (64, 64))), "mask: hardly anything of it is white"),
+    (dict(image=picture(), mask=Image.new("RGBA", (64, 64), (255, 255, 255, 0))), "mask: hardly anything of it is white"),
+    (dict(image=picture(), mask=HAIRLINE), "mask: hardly anything of it is white"),
     (dict(image=picture(), mask=mask().resize((32, 64))), "mask: has 32x64 pixels and the image 64x64")])
 def test_what_cannot_be_drawn_is_refused(settings, message):
     """In the words of Python: no flags of the command line."""
@@ -373,10 +420,35 @@ def test_what_cannot_be_drawn_is_refused(settings, message):
     assert message in str(error.value) and "--" not in str(error.value)
 
 
+@pytest.mark.parametrize("name, value", [("original_size", (64, 64)), ("crop", (8, 0)), ("target_size", (32, 32))])
+def test_sizes_of_sdxl_are_refused_by_other_models(name, value):
+    with pytest.raises(ParameterError, match=f"^{name}: is for SDXL, and this model is none"):
+        tiny.model("sd15").generate(PROMPT, **{name: value})
+
+
+def test_a_seed_of_numpy_is_a_seed():
+    assert final(tiny.model(), seed=np.int64(3)).equal(final(tiny.model(), seed=3))
+
+
 def test_one_number_is_a_square_and_a_name_is_no_dtype():
     assert tiny.model().generate(PROMPT, size=32, steps=1)[0].size == (32, 32)
     with pytest.raises(ParameterError, match="dtype: 'bf16' is none of PyTorch's, such as torch.bfloat16"):
         Pipeline.load(tiny.folder(), dtype="bf16")
+
+
+@pytest.mark.parametrize("parameter, value", [
+    ("path", 3), ("path", None), ("dtype", "bf16"), ("device", "gpu"), ("device", 2.5), ("device", "cuda:99"),
+    ("lora", 3), ("lora", [3]), ("lora", [("a.safetensors", 1.0, 2.0)]), ("lora", {"a": 1})])
+def test_loading_names_an_argument_of_the_wrong_type(parameter, value):
+    with pytest.raises(ParameterError, match=f"^{parameter}: ") as error:
+        Pipeline.load(**{"path": tiny.folder(), parameter: value})
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("parameter, prompts", [("prompt", (3,)), ("prompt", (None,)), ("negative", ("a", 3))])
+def test_encoding_takes_texts(parameter, prompts):
+    with pytest.raises(ParameterError, match=f"^{parameter}: expected one text"):
+        tiny.model().encode(*prompts)
 
 
 def test_a_black_picture_is_an_error():
@@ -428,7 +500,7 @@ def test_hooks_on_the_levels_of_a_unet_fire():
     ("attention_head_dim", dict(attention_head_dim=0), "out of range"),
     ("transformer_layers_per_block", dict(transformer_layers_per_block=(1, 2, 10, 10)), "must have 3 values"),
     ("block_out_channels", dict(block_out_channels=[320, 640, 1280]), "of the wrong type"),
-    ("block_out_channels", dict(block_out_channels=()), "at least one level"),
+    ("block_out_channels", dict(block_out_channels=()), "1 to 8 levels"),
     ("norm_num_groups", dict(norm_num_groups=33), "33 does not divide 320 channels"),
     ("cross_attention_dim", dict(cross_attention_dim="2048"), "of the wrong type"),
     ("addition_time_embed_dim", dict(addition_time_embed_dim=None), "is needed for")])

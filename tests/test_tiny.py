@@ -1,19 +1,21 @@
 """The shipped model: it is what README says, it draws what is asked, and diffusers draws the same with it."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import sample
-from minipic.common import rng
-from minipic.image import open_picture, to_tensor
-from minipic.pipeline import Pipeline
-from minipic.text import encode_prompts
-from minipic.world import metrics, probe
-from minipic.world.caption import Description, describe, parse, say
-from minipic.world.scene import COLORS, PLACES, SHAPES, SIZES, render, sample_scene
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+from quality import linear_reading  # noqa: E402
+
+import sample  # noqa: E402
+from minipic.image import open_picture, to_tensor  # noqa: E402
+from minipic.pipeline import Pipeline  # noqa: E402
+from minipic.world import metrics, probe  # noqa: E402
+from minipic.world.caption import parse  # noqa: E402
+from minipic.world.scene import render, sample_scene  # noqa: E402
 
 TINY = Path(__file__).parents[1] / "weights" / "tiny"
 ADAPTERS, PHOTOS = TINY.parent / "adapters", TINY.parents[1] / "tutorials" / "photos"
@@ -48,18 +50,8 @@ def test_vae_keeps_pictures(pipeline):
 def test_text_tells_shapes_and_places_as_clearly_as_colours(pipeline):
     """A linear reading of what the UNet hears finds each in captions it was not fitted to: what the encoders leave out,
     no UNet can draw."""
-    scenes = [sample_scene(10**9 + 1, i, 1) for i in range(500)]
-    things = [describe(scene).things[0] for scene in scenes]
-    with torch.no_grad():
-        texts = [say(Description((thing,)), rng(10**9, "say", i)) for i, thing in enumerate(things)]
-        context, pooled = map(torch.cat, zip(*[encode_prompts(texts[i:i + 50], pipeline.tokenizers_and_encoders) for i in range(0, 500, 50)]))
-    for heard in (context.mean(1), pooled):
-        x = torch.cat([heard, torch.ones(500, 1)], dim=1).double()
-        for look, names in (("shape", SHAPES), ("place", PLACES), ("color", COLORS), ("size", SIZES)):
-            right = torch.tensor([list(names).index(getattr(thing, look)) for thing in things])
-            wanted = torch.nn.functional.one_hot(right).double()[:400]
-            fit = torch.linalg.solve(x[:400].T @ x[:400] + torch.eye(x.shape[1]), x[:400].T @ wanted)
-            assert ((x[400:] @ fit).argmax(1) == right[400:]).double().mean() >= 0.95, look
+    shares = linear_reading(pipeline.tokenizers_and_encoders)
+    assert list(shares) == ["shape", "place", "color", "size"] and min(shares.values()) >= 0.95, shares
 
 
 @pytest.mark.slow
@@ -118,6 +110,7 @@ def test_the_control_net_that_ships_is_followed():
     assert score["shape"] >= 0.75 and score["count"] >= 0.75, score
 
 
+@pytest.mark.slow
 def test_adapters_go_together_in_one_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = {"lora": ["--lora", f"{ADAPTERS / 'sks-torus.safetensors'}:0.7"],

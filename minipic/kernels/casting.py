@@ -6,6 +6,7 @@ diffusers calls this `enable_layerwise_casting`.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -30,7 +31,9 @@ class Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(
+            ctx: Any, x: torch.Tensor, weight: torch.Tensor,
+            bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(weight)
         flat = x.flatten(0, -2)
         out = flat.new_empty(len(flat), len(weight))
@@ -42,7 +45,7 @@ class Product(torch.autograd.Function):
         return out.unflatten(0, x.shape[:-1])
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         weight, = ctx.saved_tensors
         flat = grad.flatten(0, -2)
         grad_x = flat.new_zeros(len(flat), weight.shape[1])

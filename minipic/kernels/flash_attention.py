@@ -29,7 +29,7 @@ Names in the kernels:
     PRECISION               of the products, see `precision`
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -236,10 +236,16 @@ def choose_blocks(kernel: str, q: torch.Tensor, k: torch.Tensor) -> Blocks:
     if kernel == "forward":
         if m <= 128:  # all keys in one block
             return Blocks(64, max(16, triton.next_power_of_2(m)), 4, 1)
-        return Blocks(64, 64, 4, 2) if n <= 2048 or d == 128 else Blocks(128, 64, 4, 3)
+        if n <= 2048 or d == 128:
+            return Blocks(64, 64, 4, 2)
+        return Blocks(128, 64, 4, 3)
     if kernel == "keys":
-        return Blocks(32, 64, 4, 2) if d == 128 else Blocks(64, 128, 8, 2)
-    return Blocks(64, 32, 4, 2) if d == 128 else Blocks(128, 64, 8, 2)
+        if d == 128:
+            return Blocks(32, 64, 4, 2)
+        return Blocks(64, 128, 8, 2)
+    if d == 128:
+        return Blocks(64, 32, 4, 2)
+    return Blocks(128, 64, 8, 2)
 
 
 def precision(x: torch.Tensor) -> str:
@@ -249,7 +255,10 @@ def precision(x: torch.Tensor) -> str:
 
 def strides(*tensors: torch.Tensor) -> list[int]:
     """Of each tensor [B,N,h,d], the strides of batch rows, tokens and heads."""
-    return [stride for x in tensors for stride in x.stride()[:3]]
+    numbers = []
+    for x in tensors:
+        numbers.extend(x.stride()[:3])
+    return numbers
 
 
 class FlashAttention(torch.autograd.Function):
@@ -259,7 +268,7 @@ class FlashAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v):
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         b, n, h, d = q.shape
         m = k.shape[1]
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -275,7 +284,7 @@ class FlashAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         q, k, v, out, lse = ctx.saved_tensors
         b, n, h, d = q.shape
         m = k.shape[1]
