@@ -7,8 +7,9 @@
     torchrun --standalone --nproc_per_node=2 train.py vae --fsdp
                                               on two GPUs or CPU processes
 
-The run folder (runs/vae, or --out) then holds log.jsonl, loss.png, samples/, checkpoints/ and
-model/, the finished weights. What a recipe must have is listed in minipic/papers/__init__.py.
+The run folder (runs/vae, or --out) then holds log.jsonl, loss.png, samples/,
+checkpoints/ and model/, the finished weights. What a recipe must have is listed
+in minipic/papers/__init__.py.
 """
 
 import dataclasses
@@ -17,22 +18,29 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from tqdm import tqdm
 
-from minipic.common import InputError, computes_bf16, enough_memory, message_of, rng
+from minipic.common import (
+    InputError, choose_threads, computes_bf16, enough_memory, message_of, rng)
 from minipic.figures import loss_curve
 from minipic.papers import PAPERS
 from minipic.training import checkpoint
+from minipic.training.export import check_overwriting, clear_leftovers, exporting
 from minipic.training.flags import from_argv
+from minipic.training.inputs import check_inputs, digest_inputs
+from minipic.training.lock import locked
 from minipic.training.optimizer import (
     EMA, build_optimizer, clip_gradients, learning_rate, set_learning_rate)
 from minipic.training.processes import (
-    Loss, distribute, end_processes, gather_numbers, sample_indices, seed_everything,
-    start_processes, synchronize_gradients, wait_for_everyone)
+    Loss, anyone, distribute, end_processes, gather_numbers, sample_indices, say,
+    seed_everything, start_processes, synchronize_gradients, wait_for_everyone)
 from minipic.training.run import (
-    Run, StopSignal, append_log, check_finite, start_log, whole_and_averaged)
+    Run, Stopped, StopSignal, append_log, check_finite, lasting_output, start_log,
+    whole_and_averaged)
+from minipic.training.settings import TrainSettings
 from minipic.weights.files import check_writable, replacing
 
 RECIPES = {
@@ -46,6 +54,12 @@ def main(argv: list[str] | None = None) -> int:
     Returns the exit code: 0 finished or stopped on request, 2 cannot go on.
     """
     name, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    with lasting_output(), StopSignal() as stop:
+        return run_command(name, flags, stop)
+
+
+def run_command(name: str, flags: list[str], stop: StopSignal) -> int:
+    """Train what `name` and its flags ask for, or say in one sentence why not."""
     modules = RECIPES | PAPERS
     try:
         if name in ("-h", "--help"):
@@ -57,8 +71,13 @@ def main(argv: list[str] | None = None) -> int:
         recipe = importlib.import_module(modules[name])
         config = fill_in_defaults(from_argv(recipe.Settings, flags, f"train.py {name}"), name)
         remedy = "try a smaller --batch, a larger --gradient-accumulation, --gradient-checkpointing"
-        with StopSignal() as stop, enough_memory(remedy):
-            train(name, recipe, config, stop)
+        rank, world_size, device = start_processes(config)
+        check_writable(f"--out {config.out}", config.out)
+        with locked(config.out), enough_memory(remedy):
+            train(name, recipe, config, stop, rank, world_size, device)
+        return 0
+    except Stopped:  # the signal came in the last moment of what it may interrupt
+        print(f"stopped by {stop.name}; --resume latest goes on from the last checkpoint")
         return 0
     except InputError as error:
         print(f"train.py: {message_of(error)}", file=sys.stderr)
@@ -79,12 +98,12 @@ def print_recipes():
         print(f"{title}:")
         for name, module in modules.items():
             first_line = importlib.import_module(module).__doc__.strip().splitlines()[0]
-            label = f"    {name:12}"
+            label = f"    {name:14}"
             indent = " " * len(label)
-            print(textwrap.fill(first_line, 80, initial_indent=label, subsequent_indent=indent))
+            print(textwrap.fill(first_line, 79, initial_indent=label, subsequent_indent=indent))
 
 
-def fill_in_defaults(config, name: str):
+def fill_in_defaults(config: TrainSettings, name: str) -> TrainSettings:
     """The settings with what was left empty: the folders, and the precision fast on this device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = config.out or f"runs/{name}"
@@ -93,28 +112,30 @@ def fill_in_defaults(config, name: str):
     return dataclasses.replace(config, out=out, save=save, precision=precision)
 
 
-def train(name: str, recipe, config, stop: StopSignal):
-    """Train `recipe`, a module of minipic/recipes or minipic/papers, with the settings `config`."""
-    rank, world_size, device = start_processes(config)
-    say = print if rank == 0 else do_not_print
+def train(
+        name: str, recipe: ModuleType, config: TrainSettings, stop: StopSignal, rank: int,
+        world_size: int, device: torch.device):
+    """Train `recipe`, a module of minipic/recipes or minipic/papers, with the settings `config`.
+
+    rank, world_size, device: see `start_processes`.
+    """
     settings = {"recipe": name, **dataclasses.asdict(config)}
     for key, value in {**settings, "device": device, "processes": world_size}.items():
         say(f"{key:22} {value}")
 
-    # Check the folders before minutes of preparing data.
-    source = checkpoint.find_checkpoint(config.resume, Path(config.out, "checkpoints"), say)
-    if source:
-        checkpoint.check_settings(source, settings)
-    check_writable(f"--out {config.out}", config.out)
-    check_writable(f"--save {config.save}", config.save)
+    with stop.at_once(in_group=True):
+        source, inputs = check_folders(config, settings, rank)
+        run, data = build(recipe, config, device)
+        trained = sum(param.numel() for param in run.params.values())
+        total = sum(param.numel() for param in run.model.parameters())
+        say(f"training {trained:,} of {total:,} weights")
+        start, rows = resume(run, config, source, rank)
+    if stop.interrupted:
+        say(f"stopped by {stop.name} before training began; nothing is lost")
+        return
 
-    run, data = build(recipe, config, device)
-    trained = sum(param.numel() for param in run.params.values())
-    total = sum(param.numel() for param in run.model.parameters())
-    say(f"training {trained:,} of {total:,} weights")
-    start, rows = resume(run, config, source, rank, say)
-
-    saved = logged = start
+    done = saved = logged = start
+    stopped = False
     logged_at = time.perf_counter()
     seconds = 0.2 if sys.stderr.isatty() else 10  # between updates of the bar; few in a log file
     bar = tqdm(
@@ -124,18 +145,15 @@ def train(name: str, recipe, config, stop: StopSignal):
         lr = learning_rate(config, step)
         set_learning_rate(run.optimizer, lr)
 
-        # Forward and backward, in parts that fit into memory.
-        numbers = []  # for each micro-batch [loss, values to log]
-        for micro, indices in enumerate(sample_indices(config, step, rank, world_size)):
-            batch = to_device(data.batch(step, indices), device)
-            # Seeded by the first sample's number, so that dropout is the same after a resume.
-            seed_everything(rng(config.seed, "loss", indices[0]).initial_seed(), device)
-            synchronize_gradients(run.loss, on=micro == config.gradient_accumulation - 1)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, logged_values = run.loss(batch)
-            (loss / config.gradient_accumulation).backward()
-            numbers.append([loss, *logged_values.values()])
-            columns = ["loss", *logged_values]  # the same names in every micro-batch
+        # Forward and backward. Only buffers change before the step is complete.
+        buffers = [buffer.clone() for buffer in run.model.buffers()]
+        with stop.at_once():
+            numbers, columns = compute_gradients(run, data, config, step, rank, world_size, device)
+        if stop.interrupted:
+            for buffer, value in zip(run.model.buffers(), buffers):
+                buffer.copy_(value)
+            stopped = True
+            break
 
         # Step.
         gradient_norm = clip_gradients(run.params, config.max_grad_norm)
@@ -158,42 +176,103 @@ def train(name: str, recipe, config, stop: StopSignal):
                 "samples_per_s": speed}
             append_log(config.out, rows, row)
             bar.set_postfix(loss=f"{means['loss']:.4g}", refresh=False)
-            logged, logged_at = done, now
-        is_asked_to_stop = gather_numbers([[bool(stop.name)]], rank, world_size, device).any()
-        stopped = is_asked_to_stop and not is_last
-        if done % config.save_every == 0 or is_last or stopped:
-            save(run, done, settings, rank)
+            logged = done
+            logged_at = now
+        if done % config.save_every == 0 or is_last:
+            save(run, done, settings, inputs, rank)
             saved = done
+        stopped = anyone(bool(stop.name))
+        if not stopped and config.sample_every and (done % config.sample_every == 0 or is_last):
+            with stop.at_once():
+                draw(recipe, run, done, config, data, rows, rank)
+            stopped = stop.interrupted
         if stopped:
-            bar.close()
-            reason = stop.name or "a signal"
-            say(f"stopped by {reason} after step {done}, saved; go on with --resume latest")
-            return
-        if config.sample_every and (done % config.sample_every == 0 or is_last):
-            draw(recipe, run, done, config, data, rows, rank)
+            break
 
-    with whole_and_averaged(run):
+    if not stopped:
+        with stop.at_once(), whole_and_averaged(run):
+            if rank == 0:
+                with exporting(config) as folder:
+                    recipe.export(run.model, folder, config, data)
+        stopped = stop.interrupted
+    bar.close()
+    if not stopped:
+        say(f"finished weights: {config.save}")
+        return
+    if done > saved:
+        save(run, done, settings, inputs, rank)
+    reason = stop.name or "a signal"
+    say(f"stopped by {reason} after step {done}, saved; go on with --resume latest")
+
+
+def check_folders(
+        config: TrainSettings, settings: dict, rank: int) -> tuple[Path | None, dict[str, str]]:
+    """Clear and check the folders, before minutes of preparing data.
+
+    Returns (the checkpoint to go on from, if any; the digests of the run's inputs).
+    """
+    check_writable(f"--save {config.save}", config.save)
+    if rank == 0:
+        clear_leftovers(config)
+    wait_for_everyone()
+    source = checkpoint.find_checkpoint(config.resume, Path(config.out, "checkpoints"), say)
+    if source:
+        checkpoint.check_settings(source, settings)
+
+    # The first process reads all files, and the others learn whether it found fault with them.
+    inputs, fault = {}, None
+    try:
         if rank == 0:
-            recipe.export(run.model, Path(config.save), config, data)
-    say(f"finished weights: {config.save}")
+            inputs = digest_inputs(config)
+            if source:
+                check_inputs(source, inputs, config.allow_data_change, say)
+            check_overwriting(config)
+    except (InputError, OSError) as error:
+        fault = error
+    if anyone(fault is not None):
+        raise fault or InputError("stopped, for the reason that the first process gives")
+    return source, inputs
 
 
-def do_not_print(line: str):
-    """Only the first of several processes prints."""
+def compute_gradients(
+        run: Run, data: object, config: TrainSettings, step: int, rank: int, world_size: int,
+        device: torch.device) -> tuple[list[list], list[str]]:
+    """Forward and backward of one step, in parts that fit into memory.
+
+    Returns for each micro-batch [loss, values to log], and the names of these.
+    """
+    numbers = []
+    for micro, indices in enumerate(sample_indices(config, step, rank, world_size)):
+        batch = to_device(data.batch(step, indices), device)
+        # Seeded by the first sample's number, so that dropout is the same after a resume.
+        seed_everything(rng(config.seed, "loss", indices[0]).initial_seed(), device)
+        synchronize_gradients(run.loss, on=micro == config.gradient_accumulation - 1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            loss, logged_values = run.loss(batch)
+        (loss / config.gradient_accumulation).backward()
+        numbers.append([loss, *logged_values.values()])
+        columns = ["loss", *logged_values]  # the same names in every micro-batch
+    return numbers, columns
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """The tensors of a batch on the device; the rest as it is."""
+    """The tensors of a batch, and of batches in it, on the device; the rest as it is."""
     moved = {}
     for key, value in batch.items():
-        moved[key] = value.to(device) if torch.is_tensor(value) else value
+        if isinstance(value, dict):
+            value = to_device(value, device)
+        elif torch.is_tensor(value):
+            value = value.to(device)
+        moved[key] = value
     return moved
 
 
-def build(recipe, config, device: torch.device):
+def build(recipe: ModuleType, config: TrainSettings, device: torch.device) -> tuple[Run, object]:
     """Model, optimizer, average and data of a recipe. Returns (Run, data)."""
     seed_everything(config.seed, device)
     model = recipe.build(config)
+    if device.type == "cpu":
+        choose_threads(sum(param.nbytes for param in model.parameters()))
     # `setup` returns the parameters to train; all others are frozen below.
     trained = {id(param) for param in recipe.setup(model, config)}
     names = {name for name, param in model.named_parameters() if id(param) in trained}
@@ -232,7 +311,9 @@ def enable_gradient_checkpointing(model: torch.nn.Module):
         network.enable_gradient_checkpointing()
 
 
-def resume(run: Run, config, source: Path | None, rank: int, say):
+def resume(
+        run: Run, config: TrainSettings, source: Path | None,
+        rank: int) -> tuple[int, list[dict]]:
     """Load the checkpoint `source`, if any. Returns (steps done, rows of the log so far)."""
     folder = Path(config.out, "checkpoints")
     start = checkpoint.load_checkpoint(source, run) if source else 0
@@ -244,16 +325,18 @@ def resume(run: Run, config, source: Path | None, rank: int, say):
     return start, start_log(config.out, start)
 
 
-def save(run: Run, done: int, settings: dict, rank: int):
+def save(run: Run, done: int, settings: dict, inputs: dict, rank: int):
     """Write a checkpoint, then remove those that it makes superfluous."""
     folder = Path(settings["out"], "checkpoints")
     state = checkpoint.run_state(run)  # shards come from every process
     if rank == 0:
-        checkpoint.write_checkpoint(folder, done, state, settings)
+        checkpoint.write_checkpoint(folder, done, state, settings, inputs)
         checkpoint.remove_old(folder, settings["keep"], done)
 
 
-def draw(recipe, run: Run, done: int, config, data, rows: list[dict], rank: int):
+def draw(
+        recipe: ModuleType, run: Run, done: int, config: TrainSettings, data: object,
+        rows: list[dict], rank: int):
     """Draw the recipe's sample grid with the averaged weights, and the loss curve."""
     with whole_and_averaged(run):
         if rank == 0:

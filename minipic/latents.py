@@ -1,28 +1,37 @@
 """Pictures and captions -> batches of latents, and the denoising loss on them.
 
-Recipes and papers share it. A training picture is a world.pictures.Picture or PairPicture, or a
-training.photos.Photo. They have in common: `size` (H, W), `size_ids` [6], `caption(generator)`, and
-`draw(pictures)`, which draws many at once.
+Recipes and papers share it, and what the recipes of text-to-image have in common: a whole UNet or a
+LoRA. A training picture is a world.pictures.Picture or PairPicture, or a training.photos.Photo.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
 from minipic.common import ParameterError, computes_bf16, rng
+from minipic.figures import image_grid
+from minipic.layers import lora
+from minipic.models.vae import VAE
 from minipic.pipeline import Pipeline
 from minipic.text import encode_prompts
 from minipic.training.photos import Photo, read_folder
-from minipic.training.processes import is_main_process
-from minipic.training.settings import DenoisingSettings, PairSettings, PhotoSettings
-from minipic.world.pictures import compose, task_pairs
+from minipic.training.processes import say
+from minipic.training.settings import (
+    DenoisingSettings, LoraSettings, PairSettings, PhotoSettings)
+from minipic.weights import save_lora
+from minipic.world.pictures import PairPicture, Picture, task_pairs
 
 SMALLEST_MULTIPLE = 16  # of the sides of training pictures
 
+TrainingPicture = Picture | PairPicture | Photo
+
 
 def load_pipeline(config: DenoisingSettings, frozen: bool = False, allow: str = "") -> Pipeline:
-    """The pipeline of --model. What is trained is in fp32, a frozen model in config.precision.
+    """The pipeline of config.model. What trains is in fp32, a frozen model in config.precision.
 
     allow: the `extra_input` of UNets that the recipe can train besides ordinary ones.
     """
@@ -41,30 +50,19 @@ def load_pipeline(config: DenoisingSettings, frozen: bool = False, allow: str = 
 
 # Pictures -----------------------------------------------------------------------------------------
 
-def training_pictures(pipeline: Pipeline, config: PhotoSettings) -> list:
-    """The pictures to train on: those of --data, or config.scenes of the world."""
-    if config.data:
-        return read_photos(pipeline, config, config.data)
-    return [compose(config.seed, i) for i in range(config.scenes)]
-
-
 def read_photos(pipeline: Pipeline, config: PhotoSettings, folder: str) -> list[Photo]:
-    """The pictures of a folder, in buckets around --resolution that the UNet can halve."""
+    """The pictures of a folder, in buckets around config.resolution that the UNet can halve."""
     halvings = len(pipeline.unet.config.block_out_channels) - 1
     multiple = max(pipeline.vae.config.factor * 2**halvings, SMALLEST_MULTIPLE)
     resolution = config.resolution or pipeline.size[0]
-    report = print if is_main_process() else do_not_print
     skip_bad = config.bad_images == "skip"
-    return read_folder(folder, resolution, multiple, skip_bad, config.caption, report)
-
-
-def do_not_print(line: str):
-    """Only the first of several processes prints."""
+    return read_folder(folder, resolution, multiple, skip_bad, config.caption, say)
 
 
 def world_pairs(
-        task: str, pipeline: Pipeline, config: PairSettings, first: int, count: int) -> list:
-    """Pairs first to first + count - 1 of a task, as PairPictures of --resolution."""
+        task: str, pipeline: Pipeline, config: PairSettings, first: int,
+        count: int) -> list[PairPicture]:
+    """Pairs first to first + count - 1 of a task, as PairPictures of config.resolution."""
     width, height = pipeline.size
     size = config.resolution or height, config.resolution or width
     return task_pairs(task, config.seed, range(first, first + count), size)
@@ -73,26 +71,26 @@ def world_pairs(
 # Latents and text ---------------------------------------------------------------------------------
 
 @torch.no_grad()
-def encode_pictures(vae, pictures: list) -> list[torch.Tensor]:
+def encode_pictures(vae: VAE, pictures: list[TrainingPicture]) -> list[torch.Tensor]:
     """Scaled latents of all pictures: a list of [2,4,h,w], mean and deviation, in 16 bits."""
-    # Photos may be large, and must not depend on their neighbours in a batch.
-    chunk = 1 if isinstance(pictures[0], Photo) else 64
+    at_once = pictures[0].encoded_at_once
     latents = [None] * len(pictures)
     by_size = sorted(range(len(pictures)), key=lambda i: pictures[i].size)
-    starts = range(0, len(by_size), chunk)
+    starts = range(0, len(by_size), at_once)
     for start in tqdm(starts, "latents", disable=len(pictures) == 1, leave=False, mininterval=2):
-        indices = by_size[start:start + chunk]
-        for size in {pictures[i].size for i in indices}:
-            same = [i for i in indices if pictures[i].size == size]
-            moments = scaled_moments(vae, [pictures[i] for i in same])
-            for i, row in zip(same, moments):
+        rows_of_size = {}
+        for i in by_size[start:start + at_once]:
+            rows_of_size.setdefault(pictures[i].size, []).append(i)
+        for rows in rows_of_size.values():
+            moments = scaled_moments(vae, [pictures[i] for i in rows])
+            for i, row in zip(rows, moments):
                 latents[i] = row
     return latents
 
 
-def scaled_moments(vae, pictures: list) -> torch.Tensor:
+def scaled_moments(vae: VAE, pictures: list[TrainingPicture]) -> torch.Tensor:
     """Pictures of one size -> [B,2,4,h,w], mean and deviation of scaled latents, in 16 bits."""
-    images = torch.stack(type(pictures[0]).draw(pictures)).to(next(vae.parameters()))
+    images = torch.stack(pictures[0].draw(pictures)).to(next(vae.parameters()))
     device = images.device
     with torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device)):
         mean, logvar = vae.encode(images)
@@ -100,27 +98,27 @@ def scaled_moments(vae, pictures: list) -> torch.Tensor:
     return torch.stack([vae.scale(mean.float()), std], dim=1).half().cpu()
 
 
-def encode_text(pipeline: Pipeline, captions: list, train_text: bool = False) -> tuple:
-    """Captions -> (context [B,N,D], pooled [B,D]). pooled is None without SDXL.
-
-    A caption of None is left out: its rows are zeros.
-    """
+def encode_text(
+        pipeline: Pipeline, captions: list[str | None],
+        train_text: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """B captions -> context [B,N,D] and pooled [B,D]. None is no caption, as in drawing."""
     with torch.set_grad_enabled(train_text):
         texts = [caption or "" for caption in captions]
         context, pooled = encode_prompts(texts, pipeline.tokenizers_and_encoders, pipeline.is_sdxl)
-    is_given = torch.tensor([caption is not None for caption in captions], device=context.device)
-    context = context * is_given[:, None, None]
-    if pooled is not None:
-        pooled = pooled * is_given[:, None]
+        if pipeline.zeros_for_empty_prompt:
+            is_given = [caption is not None for caption in captions]
+            is_given = torch.tensor(is_given, device=context.device)[:, None]
+            context = context.where(is_given[:, :, None], 0)
+            pooled = pooled.where(is_given, 0)
     return context, pooled
 
 
 @torch.no_grad()
 def encode_captions(pipeline: Pipeline, photos: list[Photo]) -> dict:
     """{caption: (context [N,D], pooled [D])} of all photos, of the empty caption and of none."""
+    captions = [None, ""] + [photo.text for photo in photos]
     encoded = {}
-    captions = dict.fromkeys([None, "", *(photo.text for photo in photos)])
-    for caption in tqdm(captions, "texts", leave=False, mininterval=2):
+    for caption in tqdm(dict.fromkeys(captions), "texts", leave=False, mininterval=2):
         context, pooled = encode_text(pipeline, [caption])
         encoded[caption] = context[0].cpu(), None if pooled is None else pooled[0].cpu()
     return encoded
@@ -130,13 +128,14 @@ class LatentData:
     """Batches of latents, made of pictures once, before training.
 
     A bucket is all pictures of one size (H, W). Each batch is of one bucket, because only latents
-    of one size can be stacked. A bucket is chosen as often as it has pictures.
+    of one size can be stacked. A bucket is chosen as often as it has pictures, of which each counts
+    `repeats` times.
     texts: what `encode_captions` made of all captions; without it they are encoded in every step.
     """
 
     def __init__(
-            self, pipeline: Pipeline, pictures: list, config: DenoisingSettings,
-            texts: dict | None = None):
+            self, pipeline: Pipeline, pictures: list[TrainingPicture],
+            config: DenoisingSettings, texts: dict | None = None):
         self.config = config
         self.pictures = pictures
         self.texts = texts
@@ -144,21 +143,23 @@ class LatentData:
         self.latents = encode_pictures(pipeline.vae, pictures)
         self.buckets = {}  # {size: the numbers of its pictures}
         for i, picture in enumerate(pictures):
-            self.buckets.setdefault(picture.size, []).append(i)
+            self.buckets.setdefault(picture.size, []).extend([i] * picture.repeats)
 
     def batch(self, step: int, indices: list[int]) -> dict:
         """x0 and noise [B,4,h,w], t [B], size_ids [B,6], captions (None: left out).
 
         rows: which of the pictures. With `texts` also context [B,N,D] and pooled [B,D].
         """
-        counts = torch.tensor([float(len(members)) for members in self.buckets.values()])
+        buckets = list(self.buckets.values())
+        counts = torch.tensor([len(members) for members in buckets], dtype=torch.float32)
         chosen = int(torch.multinomial(counts, 1, generator=rng(self.config.seed, "bucket", step)))
-        members = list(self.buckets.values())[chosen]
-        samples = [self.sample(members, index) for index in indices]
         batch = {}
-        for key, first in samples[0].items():
-            values = [sample[key] for sample in samples]
-            batch[key] = torch.stack(values) if torch.is_tensor(first) else values
+        for index in indices:
+            for key, value in self.sample(buckets[chosen], index).items():
+                batch.setdefault(key, []).append(value)
+        for key, values in batch.items():
+            if torch.is_tensor(values[0]):
+                batch[key] = torch.stack(values)
         return batch
 
     def sample(self, members: list[int], index: int) -> dict:
@@ -169,7 +170,7 @@ class LatentData:
         mean, std = self.latents[row].float()
 
         # Guidance needs predictions without a caption. With a negative prompt they have an encoded
-        # text, as "" has; without one SDXL base gets zeros, as None gives. So both are trained.
+        # text, as "" has. Without one, None, SDXL base has zeros, and other models have "" too.
         u = torch.rand((), generator=generator).item()
         if u < self.config.caption_dropout / 2:
             caption = None
@@ -193,6 +194,47 @@ class LatentData:
         return sample
 
 
+class SourceData(LatentData):
+    """Latents with source [B,4,h,w]: the given picture, unscaled, or zeros where it is left out.
+
+    sources: the given picture of each of `pictures`, in the same order.
+    """
+
+    def __init__(
+            self, pipeline: Pipeline, pictures: list[TrainingPicture],
+            sources: list[TrainingPicture], config: DenoisingSettings):
+        self.vae = pipeline.vae
+        self.sources = encode_pictures(pipeline.vae, sources)
+        super().__init__(pipeline, pictures, config)
+
+    def batch(self, step: int, indices: list[int]) -> dict:
+        batch = super().batch(step, indices)
+        sources = []
+        for index, row, caption in zip(indices, batch["rows"], batch["captions"]):
+            sources.append(self.source(index, row, caption))
+        batch["source"] = torch.stack(sources)
+        return batch
+
+    def source(self, index: int, row: int, caption: str | None) -> torch.Tensor:
+        """The latent of the given picture, or zeros.
+
+        InstructPix2Pix's guidance needs predictions without the picture and without the caption. Of
+        all samples, a share of caption_dropout / 2 lacks the picture alone, as many the caption
+        alone, as many both.
+        """
+        dropout = self.config.caption_dropout
+        has_caption = caption == self.pictures[row].text
+        if has_caption:  # they are 1 - dropout of all samples
+            without_picture = dropout / 2 / (1 - dropout)
+        else:
+            without_picture = 0.5
+        # The word in the key is an old one: another would change what every seed trains.
+        u = torch.rand((), generator=rng(self.config.seed, "told", index))
+        if u < without_picture:
+            return torch.zeros_like(self.sources[row][0], dtype=torch.float32)
+        return self.vae.unscale(self.sources[row][0].float())
+
+
 # The loss -----------------------------------------------------------------------------------------
 
 def denoising_loss(
@@ -206,7 +248,8 @@ def denoising_loss(
     """
     network = network or pipeline.unet
     if "context" in batch:
-        context, pooled = batch["context"], batch.get("pooled")
+        context = batch["context"]
+        pooled = batch.get("pooled")
     else:
         context, pooled = encode_text(pipeline, batch["captions"], config.train_text)
 
@@ -218,3 +261,77 @@ def denoising_loss(
         predict, batch["x0"], batch["noise"], timesteps, config.min_snr or None,
         config.balanced, where)
     return loss.mean()
+
+
+# A whole model or a LoRA --------------------------------------------------------------------------
+
+def photo_latents(pipeline: Pipeline, config: LoraSettings) -> LatentData:
+    """The latents of the pictures of config.data, and their captions, encoded once if possible."""
+    photos = read_photos(pipeline, config, config.data)
+    texts = None if config.train_text else encode_captions(pipeline, photos)
+    return LatentData(pipeline, photos, config, texts)
+
+
+def choose_trained(pipeline: Pipeline, config: LoraSettings) -> list[nn.Parameter]:
+    """Replace layers by LoRA layers, if config.lora_rank is not 0. Returns the weights to train.
+
+    Raises ParameterError for kohya's names with another model than SDXL.
+    """
+    if config.lora_format == "kohya" and not pipeline.is_sdxl:
+        raise ParameterError(
+            "lora_format", "kohya's names are for SDXL's LoRAs only; leave it out for this model")
+    trained = [pipeline.unet]
+    if config.train_text:
+        trained += text_layers_in_use(pipeline)
+    params = []
+    if config.lora_rank:
+        for part in trained:
+            params += lora.inject(part, config.lora_rank, config.lora_alpha or None)
+        return params
+    if config.train_text:
+        *others, _ = pipeline.text_encoders.values()
+        trained += [encoder.text_model.embeddings for encoder in others]
+    for part in trained:
+        params += part.parameters()
+    return params
+
+
+def text_layers_in_use(pipeline: Pipeline) -> list[nn.Module]:
+    """The layers of the text encoders whose output the UNet sees.
+
+    Of all encoders but the last one that is the last layer but one; the last one's end also makes
+    the pooled vector.
+    """
+    *others, last = pipeline.text_encoders.values()
+    return [encoder.text_model.encoder.layers[:-1] for encoder in others] + [last]
+
+
+def export_trained(
+        pipeline: Pipeline, folder: Path, config: LoraSettings, data: LatentData | None = None):
+    """The finished model, a pipeline folder; or the LoRA alone, folder/lora.safetensors."""
+    if not config.lora_rank:
+        pipeline.save(folder, torch.float16)
+        return
+    states = {}
+    for name, network in {"unet": pipeline.unet, **pipeline.text_encoders}.items():
+        state = lora.lora_state_dict(network)
+        if state:
+            states[name] = state
+    metadata = {"trained on": Path(config.model).name, "steps": str(config.steps)}
+    save_lora(states, folder / "lora.safetensors", metadata, kohya=config.lora_format == "kohya")
+
+
+def sample_captions(pipeline: Pipeline, config: PhotoSettings, data: LatentData) -> Image.Image:
+    """Two pictures for each of up to four captions of the photos."""
+    captions = dict.fromkeys(photo.text for photo in data.pictures)
+    return sample_prompts(pipeline, list(captions)[:4])
+
+
+def sample_prompts(pipeline: Pipeline, prompts: list[str]) -> Image.Image:
+    """Two pictures for each prompt."""
+    pictures = []
+    labels = []
+    for prompt in prompts:
+        pictures += pipeline.generate(prompt, steps=20, n=2, progress=False)
+        labels += [prompt, prompt]
+    return image_grid(pictures, labels, columns=4)

@@ -38,6 +38,16 @@ class Handler(BaseHTTPRequestHandler):
         kind = server.faults.pop(0) if server.faults else None
         server.requests.append(dict(self.headers))
         content = server.files.get(self.path)
+        if kind == "rude":
+            self.wfile.write(b"\x1b]0;rude\x07 words\r\n\r\n")  # no HTTP, and no text to print
+            self.close_connection = True
+            return None
+        if kind == "rude reason":
+            return self.send_error(404, "rude words")
+        if kind == "rude address":
+            return self.reply(302, b"", {"Location": "http://[rude words", "Content-Length": 0})
+        if kind == "rude scheme":
+            return self.reply(302, b"", {"Location": "file:///rude/words", "Content-Length": 0})
         if isinstance(kind, int) and kind >= 400 or content is None:
             return self.send_error(kind or 404)
         if kind == "html":
@@ -67,10 +77,13 @@ class Handler(BaseHTTPRequestHandler):
             body = body[:kind[1]]
         if kind != "no length":
             headers["Content-Length"] = length
+        if kind == "endless":  # more than the file has, and no length is announced
+            del headers["Content-Length"]
+            body += bytes(20 << 20)
         self.reply(status, bytes(body), headers)
 
     def reply(self, status, body, headers):
-        self.send_response(status)
+        self.send_response(status, "rude words")
         for name, value in headers.items():
             self.send_header(name, str(value))
         self.end_headers()
@@ -135,6 +148,53 @@ def test_faults_that_stay(server, fetch, tmp_path, faults, words):
         fetch()
     assert server.url in str(caught.value) and words in str(caught.value)
     assert (tmp_path / "file.bin").read_bytes() == b"older" and server.faults == []
+
+
+def test_a_server_that_never_ends(server, fetch, tmp_path):
+    """The known size is the limit; where none is known, one by the kind of file."""
+    server.faults = ["endless"]
+    assert fetch() == CONTENT and len(server.requests) == 2
+    for size, limit in ((len(CONTENT), "300,000"), (None, "16,777,216")):
+        server.faults, server.requests = ["endless"] * 2, []
+        with pytest.raises(download.DownloadError, match=f"sends more than {limit} bytes, twice"):
+            fetch(size, None)
+        assert len(server.requests) == 2
+        (tmp_path / "file.bin").unlink(missing_ok=True)
+    server.files["/file.bin"] = bytes((16 << 20) + 1)  # announced, so nothing of it is fetched
+    with pytest.raises(download.DownloadError, match="announces 16,777,217 bytes, more than the 16,777,216"):
+        fetch(None, None)
+
+
+def test_a_server_that_sends_one_byte_at_a_time_is_given_up(server, fetch):
+    server.faults = [("cut", 1)] * 200
+    with pytest.raises(download.DownloadError, match="not whole after 100 attempts .cut at 100 of 300,000 bytes"):
+        fetch()
+    assert len(server.requests) == 100
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("rude", "not HTTP"), ("rude reason", "answers 404 (Not Found)"), ("rude address", "leads to none"),
+    ("rude scheme", "answers 302 (Found)"), (503, "answers 503 (Service Unavailable)")])
+def test_no_word_of_the_server_is_printed(server, fetch, capsys, kind, words, tmp_path):
+    (tmp_path / "file.bin.part").write_bytes(CONTENT[:10])
+    server.faults = [kind] * 20
+    with pytest.raises(download.DownloadError) as caught:
+        fetch()
+    printed = "".join(capsys.readouterr())
+    assert words in str(caught.value) + printed
+    for text in (str(caught.value), printed):
+        assert "rude" not in text and "\x1b" not in text
+
+
+def test_there_is_something_to_see_from_the_first_second(server, fetch, capsys, monkeypatch):
+    shown = []
+    monkeypatch.setattr(download, "receive", lambda *given, plain=download.receive: (
+        shown.append(capsys.readouterr().out), plain(*given)))
+    server.faults = [503]
+    fetch()
+    assert shown[0] == "file.bin: connecting\n"
+    assert shown[1] == "file.bin: the server answers 503 (Service Unavailable); trying again in 0 s\n"
+    assert "checking file.bin" in capsys.readouterr().err
 
 
 def test_going_on_after_a_stop(server, fetch, tmp_path):
@@ -257,3 +317,20 @@ def test_the_table_of_official_files():
             about = table["repositories"][repository]
             assert re.fullmatch("[0-9a-f]{40}", about["revision"])
             assert set(paths) <= set(about["files"]) and len(set(paths)) == len(paths)
+
+
+def test_the_sizes_that_the_readme_names():
+    table = json.loads(SCRIPT.with_name("official.json").read_text())
+    rows = re.findall(r"^\| `(.+?)` \| .+ \| (.+) \| .+ \|$", SCRIPT.with_name("README.md").read_text(), re.M)
+    assert {name for name, _ in rows} == set(table["downloads"])
+    for name, named_size in rows:
+        known = unknown = 0
+        for repository, paths in table["downloads"][name].items():
+            for path in paths:
+                size, _ = table["repositories"][repository]["files"][path]
+                known += size or 0
+                unknown += size is None and path.endswith(".safetensors")
+        size = f"{known / 1e9:.1f} GB"
+        if unknown:
+            size = f"{size} and the VAE" if known else "not known"
+        assert named_size == size, name

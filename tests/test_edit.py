@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import sample
 import train
-from minipic.image import open_picture, read_settings, to_tensor
+from minipic.image import open_picture, read_saved_settings, to_tensor
 from minipic.models.unet import UNet, UNetConfig
 from minipic.pipeline import DrawSettings, Pipeline
 from minipic.recipes import edit, t2i
@@ -68,6 +68,7 @@ CASES = {  # name: (channels, kind of model, settings of the drawing)
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_final_latents_equal_diffusers(case):
     channels, kind, settings = CASES[case]
@@ -169,7 +170,7 @@ def test_flags_reach_the_pipeline_and_come_back_with_from(inside):
     assert run(folder(8), "--edit", "flat.png", "--image-guidance", "2.5", "--out", "first.png") == 0
     expected, = wide(8).generate(PROMPT, steps=2, edit=open_picture("flat.png"), image_guidance=2.5)
     assert open_picture("first.png").tobytes() == expected.tobytes() and expected.size == (64, 48)
-    assert read_settings("first.png")["edit"] == "flat.png"
+    assert read_saved_settings("first.png")["edit"] == "flat.png"
     assert sample.main(["--from", "first.png", "--device", "cpu", "--out", "again.png"]) == 0
     assert open_picture("again.png").tobytes() == expected.tobytes()
     assert run(folder(9), "--image", "p.png", "--mask", "m.png", "--out", "filled.png") == 0
@@ -286,6 +287,7 @@ def test_the_new_channels_learn_faster(tmp_path, times):
     assert change.abs().max().item() == pytest.approx(0.001, rel=0.1)
 
 
+@pytest.mark.slow
 def test_from_the_command_to_a_picture(tmp_path):
     flags = ["--model", str(tiny.folder()), "--out", str(tmp_path), "--scenes", "4", "--batch", "2", "--steps", "2"]
     with tiny.short_drawings():

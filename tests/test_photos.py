@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +19,11 @@ from minipic.common import InputError
 from minipic.image import open_picture, to_tensor
 from minipic.pipeline import Pipeline
 from minipic.recipes import t2i
+from minipic.training import processes
+from minipic.training.inputs import check_inputs, digest_inputs
 from minipic.training.photos import Photo, bucket_sizes, match_by_stem, nearest_bucket, read_folder
 from minipic.weights import read_weights
+from minipic.weights.files import write_json
 
 
 def picture(path, width, height, caption=None):
@@ -76,13 +82,13 @@ def test_everything_wrong_is_listed_before_anything_is_trained(folder):
     with open(folder / "metadata.jsonl", "a") as file:
         file.write('{"file_name": "gone.png", "text": "gone"}\nnonsense\n')
     said = []
-    with pytest.raises(InputError, match="7 problems.*--bad-images skip"):
+    with pytest.raises(InputError, match="^bad_images: .* 7 problems, listed above; mend them, or choose skip"):
         read_folder(folder, 64, 16, report=said.append)
     for words in (
-            "cut.png: expected a PNG", "photo.HEIC: expected a PNG",
+            "cut.png: expected a PNG", "photo.HEIC: .HEIC cannot be read; convert it",
             "silent.png: has no caption; write silent.txt", "empty.png: its caption is empty",
-            "latin.caption: is not UTF-8", "gone.png: named in metadata.jsonl",
-            "metadata.jsonl, line 4: expected"):
+            "latin.caption, line 1: is not UTF-8", "metadata.jsonl, line 3: names gone.png, which is no picture of this folder",
+            "metadata.jsonl, line 4: expected a JSON object"):
         assert words in said[0]
     assert len(read_folder(folder, 64, 16, skip_bad=True, report=said.append)) == 3
 
@@ -98,16 +104,25 @@ def test_captions_are_read_as_windows_writes_them(folder):
     assert [photo.text for photo in read_folder(folder, 64, 16, report=str)] == ["a red cube", "wide", "a tall one"]
 
 
-@pytest.mark.parametrize("line", [b'{"file_name": "a.png", "text": "caf\xe9"}', b'{"file_name": 3, "text": "x"}',
-                                  b'{"file_name": null, "text": "x"}', b"[" * 100_000,
-                                  rb'{"file_name": "a.png", "text": "half an emoji: \ud83d"}',
-                                  rb'{"file_name": "\ud83d.png", "text": "x"}'])
-def test_a_bad_line_of_metadata_is_listed(line, folder):
+@pytest.mark.parametrize("line, fault", [
+    (b'{"file_name": "a.png", "text": "caf\xe9"}', "is not UTF-8"),
+    (b'{"file_name": 3, "text": "x"}', "file_name is 3; expected a text"),
+    (b'{"file_name": null, "text": "x"}', "file_name is null; expected a text"),
+    (b'{"file_name": "a.png", "text": ["a", "b"]}', 'text is ["a", "b"]; expected a text'),
+    (b'{"file_name": "a.png", "text": null}', "text is null; expected a text"),
+    (b'{"img": "a.png", "label": 3}', "has the keys img, label; rename one to file_name (image, file"),
+    (b'{"file_name": "a.png", "label": "x"}', "has the keys file_name, label; rename one to text (caption, prompt"),
+    (b'{"image": "gone.png", "prompt": "x"}', "names gone.png, which is no picture of this folder"),
+    (b'{"file_name": "deep/c.png", "text": "y"}', "deep/c.png has another caption already"),
+    (b"[1]", "expected a JSON object with file_name and text"), (b"[" * 100_000, "expected a JSON object"),
+    (rb'{"file_name": "a.png", "text": "half an emoji: \ud83d"}', r'text is "half an emoji: \ud83d"; expected'),
+    (rb'{"file_name": "\ud83d.png", "text": "x"}', r'file_name is "\ud83d.png"; expected a text')])
+def test_a_bad_line_of_metadata_is_listed(line, fault, folder):
     (folder / "metadata.jsonl").write_bytes(b'{"file_name": "deep/c.png", "text": "x"}\n' + line)
     said = []
-    with pytest.raises(InputError, match="1 problems"):
+    with pytest.raises(InputError, match="problems, listed above"):
         read_folder(folder, 64, 16, report=said.append)
-    assert "metadata.jsonl, line 2: expected a JSON object in UTF-8 with file_name and text" in said[0]
+    assert f"metadata.jsonl, line 2: {fault}" in said[0]
 
 
 def test_every_folder_may_have_a_metadata_of_its_own(folder):
@@ -126,7 +141,7 @@ def test_a_name_that_is_no_utf8_is_listed(folder):
     said = []
     with pytest.raises(InputError, match="1 problems"):
         read_folder(folder, 64, 16, report=said.append)
-    assert b"caf?.png: has no caption" in said[0].encode()  # a terminal takes nothing else
+    assert r"caf\udce9.png: has no caption" in said[0]  # a terminal takes nothing else
 
 
 def test_a_name_too_long_for_a_caption_file_is_listed(folder):
@@ -138,11 +153,244 @@ def test_a_name_too_long_for_a_caption_file_is_listed(folder):
     assert len(read_folder(folder, 64, 16, caption="none", report=str)) == 4
 
 
+@pytest.mark.parametrize("name", [
+    ".ipynb_checkpoints/a-checkpoint.png", "@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg", ".thumbnails/a.png", ".@__thumb/a.png",
+    "._a.png", "__MACOSX/._a.png", "__MACOSX/a.png", ".Trash-1000/files/old.jpg", "$RECYCLE.BIN/S-1/old.png",
+    "#recycle/a.png", "lost+found/a.png", "System Volume Information/a.png", "deep/.hidden.png", ".git/metadata.jsonl"])
+def test_what_systems_and_programs_leave_is_not_trained_on(name, folder):
+    picture(folder / "x.png", 64, 64)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / "x.png").rename(folder / name)
+    said = []
+    photos = read_folder(folder, 64, 16, caption="none", report=said.append)
+    assert [photo.path.name for photo in photos] == ["a.png", "b.JPG", "c.png"]
+    assert len(said) == 4  # the summary and three buckets
+
+
+def test_linked_folders_are_followed_once(folder, tmp_path):
+    picture(tmp_path / "elsewhere/d.png", 64, 64, "d")
+    picture(tmp_path / "elsewhere/e/e.png", 64, 64, "e")
+    (folder / "alias").symlink_to(folder / "deep")  # a folder goes by its own name
+    (folder / "deep/up").symlink_to(folder)  # a circle
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "other link").symlink_to(tmp_path / "elsewhere/e")
+    (folder / "f.png").symlink_to(tmp_path / "elsewhere/d.png")
+    photos = read_folder(folder, 64, 16, caption="none", report=str)
+    names = [photo.path.relative_to(folder).as_posix() for photo in photos]
+    assert names == ["a.png", "b.JPG", "deep/c.png", "f.png", "link/d.png", "link/e/e.png"]
+
+
+@pytest.mark.parametrize("name, format", [
+    ("x.jfif", "JPEG"), ("x.jpe", "JPEG"), ("x.JPEG", "JPEG"), ("x.mpo", "MPO"), ("x.tga", "TGA"), ("x.apng", "PNG"),
+    ("x.gif", "GIF"), ("x.tif", "TIFF"), ("x.TIFF", "TIFF"), ("x.avif", "AVIF"), ("x.jp2", "JPEG2000"),
+    ("x.ppm", "PPM"), ("x.webp", "WEBP"), ("x.bmp", "BMP")])
+def test_a_picture_of_any_usual_ending_is_read(name, format, folder):
+    Image.new("RGB", (64, 64), (200, 40, 90)).save(folder / name, format)
+    (folder / "x.txt").write_text("a plain one")
+    x, = [photo for photo in read_folder(folder, 64, 16, report=str) if photo.path.name == name]
+    levels = (Photo.draw([x])[0] + 1) * 127.5
+    assert (levels - torch.tensor([200.0, 40, 90])[:, None, None]).abs().max() < 8
+
+
+@pytest.mark.parametrize("name, words", [
+    ("x.heic", "x.heic: .heic cannot be read; convert it to PNG or JPEG"),
+    ("x.jxl", "x.jxl: .jxl cannot be read"),
+    ("x.png", "x.png: expected a PNG"), ("x.tga", "x.tga: expected a PNG")])
+def test_a_picture_that_cannot_be_read_is_a_problem(name, words, folder):
+    (folder / name).write_bytes(b"what is this? a text of more than eighteen bytes")
+    said = []
+    with pytest.raises(InputError, match="bad_images: .* 2 problems"):  # all that is wrong with it
+        read_folder(folder, 64, 16, report=said.append)
+    assert words in said[0] and f"{name}: has no caption; write x.txt" in said[0]
+
+
+def test_a_picture_of_numbers_of_any_range_is_a_problem(folder):
+    Image.new("F", (64, 64), 0.5).save(folder / "a.tif")
+    said = []
+    with pytest.raises(InputError, match="1 problems"):
+        read_folder(folder, 64, 16, report=said.append)
+    assert "a.tif: expected a PNG" in said[0] and "32-bit floats" in said[0]
+
+
+def test_other_files_are_named(folder):
+    names = ["f.jpeg_large", "no_ending", "clip.mp4", "orphan.txt", "metadata.parquet", "\x1b[31mred"]
+    for name in names:
+        (folder / name).write_bytes(b"x")
+    said = []
+    read_folder(folder, 64, 16, report=said.append)
+    lines = [line.strip() for line in said if "is not used" in line]
+    assert [line.split(": ")[0] for line in lines] == [name.replace("\x1b", "\\x1b") for name in sorted(names)]
+
+
+@pytest.mark.parametrize("kind", ["caption", "picture", "metadata"])
+def test_a_pipe_is_refused_and_not_waited_for(kind, folder):
+    name = {"caption": "a.txt", "picture": "p.png", "metadata": "metadata.csv"}[kind]
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    said = []
+    with pytest.raises(InputError, match="problems, listed above"):
+        read_folder(folder, 64, 16, report=said.append)
+    assert f"{name} is a named pipe" in said[0]
+
+
+@pytest.mark.parametrize("data, text", [
+    ("ein Würfel".encode(), "ein Würfel"), ("ein Würfel".encode("utf-8-sig"), "ein Würfel"),
+    ("ein Würfel".encode("utf-16"), "ein Würfel"), (b"\xfe\xff" + "ein Würfel".encode("utf-16-be"), "ein Würfel"),
+    ("ein\nWürfel".encode("latin-1"), "a.txt, line 2: is not UTF-8; save it as UTF-8"),
+    ("a cube".encode("utf-16-le"), "a.txt: is no text, or not in UTF-8"), (b"\xff\xfea", "a.txt, line 1: is not UTF-8"),
+    (b"x" * 100_001, "a.txt: has more than 100,000 bytes; shorten it"), (b" \n", "a.png: its caption is empty")])
+def test_the_encoding_of_a_caption_is_known_or_named(data, text, folder):
+    (folder / "a.txt").write_bytes(data)
+    said = []
+    try:
+        assert read_folder(folder, 64, 16, report=said.append)[0].text == text
+    except InputError:
+        assert text in said[0] and said[0].count("\n") == 1
+
+
+@pytest.mark.parametrize("name, content", [
+    ("metadata.csv", 'file_name,text\ndeep/c.png,"a tall, red one"\nb.JPG,"two\nlines"\n'),
+    ("metadata.csv", '\ufefffile_name,n,caption\r\n./deep/c.png,3,"a tall, red one"\r\nb.JPG,4,two lines\r\n'),
+    ("metadata.jsonl", '{"image": "deep\\\\c.png", "prompt": "a tall, red one"}\n{"file_name": "b.JPG", "caption": "two lines"}'),
+    ("metadata.jsonl", '{"file_name": "FOLDER/deep/c.png", "text": "a tall, red one"}\n'
+                       '{"path": "deep/../b.JPG", "text": "two lines"}'),
+    ("meta_cap.json", '{"deep/c.png": {"caption": "a tall, red one"}, "b.JPG": {"tags": "two lines"}}')])
+def test_every_kind_of_metadata_is_read(name, content, folder):
+    (folder / "metadata.jsonl").unlink()
+    (folder / name).write_text(content.replace("FOLDER", str(folder)), encoding="utf-8")
+    said = []
+    texts = [photo.text for photo in read_folder(folder, 64, 16, report=said.append)]
+    assert texts == ["a red cube", "two lines", "a tall, red one"]
+    assert len(said) == 4  # all files are used
+
+
+@pytest.mark.parametrize("name, content, fault", [
+    ("metadata.csv", "file_name;text\na.png;x\n", "metadata.csv, line 2: has the keys file_name;text; rename one to"),
+    ("metadata.csv", "file_name,text\na.png\n", "metadata.csv, line 2: text is null; expected a text"),
+    ("metadata.csv", "file_name,text\na.png," + "x" * 200_000, "metadata.csv: cannot be read as CSV (field larger"),
+    ("meta_cap.json", "[1]", "meta_cap.json: cannot be read as JSON"),
+    ("meta_cap.json", '{"a.png": "a cube"}', "meta_cap.json: cannot be read as JSON"),
+    ("meta_cap.json", "{", "meta_cap.json: cannot be read as JSON"),
+    ("metadata.csv", b"\xff\xfe\x00", "metadata.csv, line 1: is not UTF-8")])
+def test_metadata_that_cannot_be_read_is_named(name, content, fault, folder):
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    said = []
+    with pytest.raises(InputError, match="1 problems"):
+        read_folder(folder, 64, 16, report=said.append)
+    assert fault in said[0]
+
+
+@pytest.mark.parametrize("name", ["c.txt", "c.TXT", "c.caption", "c.CAPTION", "c.png.txt", "c.png.TXT"])
+def test_a_caption_file_may_have_any_usual_name(name, folder):
+    (folder / "metadata.jsonl").unlink()
+    (folder / "deep" / name).write_text("beside it")
+    said = []
+    photos = read_folder(folder, 64, 16, caption="for all", report=said.append)
+    assert photos[2].text == "beside it" and not [line for line in said if "is not used" in line]
+
+
+@pytest.mark.parametrize("name, content", [
+    ("METADATA.JSONL", '{"file_name": "deep/c.png", "text": "described"}'),
+    ("metadata.csv", 'file_name, text\ndeep/c.png, "described"\n'),
+    ("meta_cap.json", '{"deep/c": {"caption": "described"}}'),  # as kohya's scripts write it
+    ("metadata.jsonl", '{"file_name": "REAL/deep/c.png", "text": "described"}'),
+    ("metadata.jsonl", '{"file_name": "LINK/deep/c.png", "text": "described"}')])
+@pytest.mark.parametrize("root", ["REAL", "LINK"])
+def test_a_picture_is_found_by_any_of_its_names(name, content, root, folder, tmp_path):
+    (folder / "metadata.jsonl").unlink()
+    (tmp_path / "link").symlink_to(folder)
+    places = {"REAL": str(folder), "LINK": str(tmp_path / "link")}
+    for word, place in places.items():
+        content = content.replace(word, place)
+    (folder / name).write_text(content)
+    photos = read_folder(places[root], 64, 16, caption="for all", report=str)
+    assert [photo.text for photo in photos] == ["a red cube", "a wide one", "described"]
+
+
+def test_accents_are_the_same_however_they_are_written(folder):
+    picture(folder / "cafe\u0301.png", 64, 64)  # two characters, as macOS writes them
+    (folder / "metadata.csv").write_text("file_name,text\ncaf\u00e9.png,coffee\n", encoding="utf-8")
+    assert "coffee" in [photo.text for photo in read_folder(folder, 64, 16, report=str)]
+
+
+@pytest.mark.parametrize("name", ["../outside.png", "deep", ".", "", "a.txt", ".hidden.png", "A.PNG", "x" * 300])
+def test_metadata_of_what_is_no_picture_of_the_folder_is_a_problem(name, folder):
+    picture(folder.parent / "outside.png", 64, 64)
+    picture(folder / ".hidden.png", 64, 64)
+    (folder / "deep/metadata.jsonl").write_text(json.dumps({"file_name": f"../{name}" if name else "", "text": "x"}))
+    said = []
+    with pytest.raises(InputError, match="1 problems"):
+        read_folder(folder, 64, 16, report=said.append)
+    assert "deep/metadata.jsonl, line 1: names " in said[0] and "which is no picture of this folder" in said[0]
+
+
+def test_folders_in_kohyas_folders_and_those_of_no_repeats(tmp_path):
+    for name in ("4_dog/near/far/a.png", "3_cat/5_grey cat/a.png", "0_bad/a.png", "0_bad/2_good/a.png", "7_/a.png",
+                 "2024_holiday/a.png", "x_3/a.png"):
+        picture(tmp_path / name, 64, 64)
+    said = []
+    photos = read_folder(tmp_path, 64, 16, caption="given", report=said.append)
+    assert {str(photo.path.parent.relative_to(tmp_path)): photo.repeats for photo in photos} == {
+        "4_dog/near/far": 4, "3_cat/5_grey cat": 5, "0_bad/2_good": 2, "7_": 7, "2024_holiday": 1, "x_3": 1}
+    lines = "\n".join(said)
+    assert "0_bad: is left out, since its name asks for 0 repeats" in lines
+    assert "4_dog/near/far: each picture counts 4 times; its caption is 'dog' where it has no other" in lines
+    assert "2024_holiday: each picture counts 1 times\n" in lines and "x_3:" not in lines
+    # The root itself may have any name.
+    assert [photo.repeats for photo in read_folder(tmp_path / "7_", 64, 16, caption="x", report=str)] == [1]
+
+
+def test_kohyas_folders_repeat_their_pictures_and_name_them(tmp_path):
+    for name, repeats in (("10_sks dog", 10), ("2_cat", 2), ("03_cow", 3), ("plain", 1), ("2024_holiday", 1)):
+        picture(tmp_path / name / "a.png", 64, 64, "said" if name in ("2_cat", "plain", "2024_holiday") else None)
+    said = []
+    photos = read_folder(tmp_path, 64, 16, report=said.append)
+    assert {photo.path.parent.name: (photo.repeats, photo.text) for photo in photos} == {
+        "10_sks dog": (10, "sks dog"), "2_cat": (2, "said"), "03_cow": (3, "cow"), "plain": (1, "said"),
+        "2024_holiday": (1, "said")}
+    assert "  10_sks dog: each picture counts 10 times; its caption is 'sks dog' where it has no other" in said
+    given = read_folder(tmp_path, 64, 16, caption="given", report=str)
+    assert {photo.text for photo in given} == {"given", "said"}
+
+    data = latents.LatentData(tiny.model(), photos, t2i.Settings(data="photos", seed=3))
+    rows = [row for step in range(60) for row in data.batch(step, range(20 * step, 20 * step + 20))["rows"]]
+    for row, photo in enumerate(photos):
+        assert abs(rows.count(row) / len(rows) - photo.repeats / 17) < 0.04
+    assert data.batch(7, [3])["rows"] == data.batch(7, [3])["rows"]
+
+
+def test_doubtful_pictures_are_reported(tmp_path):
+    for name, size in (("photo", (1200, 900)), ("panorama", (3000, 300)), ("icon", (16, 16))):
+        picture(tmp_path / f"{name}.png", *size, "x")
+    (tmp_path / "copy.png").write_bytes((tmp_path / "photo.png").read_bytes())
+    (tmp_path / "copy.txt").write_text("x")
+    said = []
+    photos = {photo.path.stem: photo for photo in read_folder(tmp_path, 256, 64, report=said.append)}
+    height, width = photos["panorama"].size
+    cut = round(100 * (1 - (width / height) / (3000 / 300)))
+    assert said[-3:] == [
+        f"  panorama.png: {cut}% of it is cut away, to fit its bucket",
+        "  icon.png: is enlarged 16.0 times, so it is not sharp", "  photo.png: has the same bytes as copy.png"]
+    assert cut == pytest.approx(80, abs=4)
+
+
+def test_a_long_list_is_cut_short(tmp_path):
+    for i in range(23):
+        picture(tmp_path / f"{i:02d}.png", 16, 16)
+    said = []
+    with pytest.raises(InputError, match="23 problems"):
+        read_folder(tmp_path, 64, 16, report=said.append)
+    lines = said[0].splitlines()
+    assert len(lines) == 22 and "19.png: has no caption" in lines[20] and lines[21] == "  and 3 more"
+
+
 def test_the_picture_of_the_same_stem_is_matched(folder, tmp_path):
     photos = read_folder(folder, 64, 16, report=str)
     for name in ("c.png", "a.webp", "b.png"):
         picture(tmp_path / "source" / name, 64, 64)
     (tmp_path / "source/a.txt").write_text("no picture")
+    (tmp_path / "source/._a.png").write_bytes(b"macOS")
+    (tmp_path / "source/.thumbs").mkdir()
     assert [path.name for path in match_by_stem(tmp_path / "source", photos)] == ["a.webp", "b.png", "c.png"]
     (tmp_path / "source/b.png").unlink()
     (tmp_path / "source/c.png").unlink()
@@ -159,8 +407,8 @@ def test_a_folder_without_pictures_is_refused(tmp_path):
 def test_of_several_processes_one_reports(folder, capsys, monkeypatch):
     config, pipeline = t2i.Settings(data=str(folder)), tiny.build()
     for is_first in (True, False):
-        monkeypatch.setattr(latents, "is_main_process", lambda: is_first)
-        assert len(latents.training_pictures(pipeline, config)) == 3
+        monkeypatch.setattr(processes, "is_main_process", lambda: is_first)
+        assert len(latents.read_photos(pipeline, config, config.data)) == 3
         assert ("3 pictures, 3 usable" in capsys.readouterr().out) == is_first
 
 
@@ -180,6 +428,28 @@ def test_settings_that_make_no_sense_are_refused(folder, capsys, flags, words):
     assert train.main(["t2i", "--data", str(folder), "--model", str(tiny.folder()), "--steps", "1",
                        "--out", str(folder.parent / "run"), *flags.split()]) == 2
     assert capsys.readouterr().err.startswith(f"train.py: {words}")
+
+
+def test_links_that_form_a_circle_are_no_folder_and_no_picture(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    Path("circle").symlink_to("circle")
+    (folder / "circle.png").symlink_to("circle.png")
+    (folder / "circle.txt").write_text("x")
+    for flags, words in (
+            ("--data circle", "--data: circle: no such folder"),
+            (f"--data {folder} --out circle", "--out circle: cannot write there"),
+            (f"--data {folder} --out run", f"--bad-images: {folder}: 1 problems, listed above")):
+        assert train.main(["t2i", "--model", str(tiny.folder()), *flags.split()]) == 2
+        output = capsys.readouterr()
+        assert output.err.startswith(f"train.py: {words}")
+    assert "circle.png: no such picture" in output.out or "symbolic links" in output.out
+
+
+@pytest.mark.parametrize("flags", ["--caption x", "--bad-images skip"])
+def test_what_is_said_of_pictures_needs_a_folder_of_them(flags, capsys):
+    assert train.main(["t2i", *flags.split()]) == 2
+    flag = flags.split()[0]
+    assert f"train.py: {flag}: needs --data; without it this does nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--out", "--save"])
@@ -212,9 +482,106 @@ def test_texts_encoded_once_are_those_encoded_each_time(folder):
     pipeline, config = tiny.build(), t2i.Settings(data=str(folder), seed=1, caption_dropout=0.6)
     batch = t2i.data(pipeline, config).batch(0, range(12))
     assert {None, ""} < set(batch["captions"])
-    context, pooled = latents.encode_text(pipeline, batch["captions"], False)
+    context, pooled = latents.encode_text(pipeline, batch["captions"])
     torch.testing.assert_close(batch["context"], context, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(batch["pooled"], pooled, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, index", [
+    ("sd15", {}), ("sdxl", {}), ("sdxl", {"force_zeros_for_empty_prompt": True}),
+    ("sdxl", {"force_zeros_for_empty_prompt": False})])
+def test_a_caption_left_out_is_what_drawing_takes_without_a_negative_prompt(kind, index):
+    pipeline = tiny.build(kind)
+    pipeline.index = pipeline.index | index
+    context, pooled = latents.encode_text(pipeline, ["a red cube", None, ""])
+    cond, none = pipeline.encode("a red cube", None)
+    _, empty = pipeline.encode("a red cube", "")
+    for row, expected in enumerate((cond, none, empty)):
+        torch.testing.assert_close(context[row], expected.context[0], rtol=1e-5, atol=1e-5)
+        if kind == "sdxl":
+            torch.testing.assert_close(pooled[row], expected.pooled[0], rtol=1e-5, atol=1e-5)
+    are_zeros = kind == "sdxl" and index != {"force_zeros_for_empty_prompt": False}
+    assert context[2].any() and bool(context[1].any()) != are_zeros
+
+
+# Other data in a run that goes on ---------------------------------------------------------------------------------
+
+def edit_caption(folder, model):
+    (folder / "a.txt").write_text("a red cone")
+
+
+def add_picture(folder, model):
+    picture(folder / "00.png", 64, 64, "x")
+
+
+def rename_picture(folder, model):
+    (folder / "b.JPG").rename(folder / "c.JPG")
+
+
+def repaint_picture(folder, model):
+    Image.new("RGB", (64, 64), "green").save(folder / "a.png")
+
+
+def change_metadata(folder, model):
+    (folder / "metadata.jsonl").write_text('{"file_name": "deep/c.png", "text": "a long one"}\n\n')
+
+
+def change_weights(folder, model):
+    path = model / "vae" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("change, words", [
+    (edit_caption, "data/a.txt has changed"), (add_picture, "data/00.png is new, data/00.txt is new"),
+    (rename_picture, "data/b.JPG is gone, data/c.JPG is new"), (repaint_picture, "data/a.png has changed"),
+    (change_metadata, "data/metadata.jsonl has changed"),
+    (change_weights, "model/vae/diffusion_pytorch_model.safetensors has changed")])
+def test_changed_inputs_are_named(change, words, folder, tmp_path):
+    model, checkpoint = shutil.copytree(tiny.folder(), tmp_path / "model"), tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    config = t2i.Settings(data=str(folder), model=str(model), out="run", save="run/model")
+    check_inputs(checkpoint, digest_inputs(config), False, print)  # from before there was such a record
+    write_json(digest_inputs(config), checkpoint / "inputs.json")
+    check_inputs(checkpoint, digest_inputs(config), False, print)
+    change(folder, model)
+    said = []
+    with pytest.raises(InputError, match=f"^allow_data_change: .* was trained on other files: {re.escape(words)}; "):
+        check_inputs(checkpoint, digest_inputs(config), False, said.append)
+    check_inputs(checkpoint, digest_inputs(config), True, said.append)
+    assert said == [f"{checkpoint} was trained on other files: {words}"]
+
+
+def test_what_a_run_writes_is_none_of_its_inputs(tmp_path):
+    model = shutil.copytree(tiny.folder(), tmp_path / "model")
+    config = t2i.Settings(model=str(model), out=str(model / "run"), save=str(model / "unet"))
+    names = digest_inputs(config)
+    (model / "run").mkdir()
+    (model / "run/log.json").write_text("{}")
+    (model / "unet/config.json").write_text("{}")
+    assert digest_inputs(config) == names and "model/vae/config.json" in names
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_copied_files_and_not_with_changed_ones(folder, tmp_path, capsys):
+    def run(steps, *flags, data=folder):
+        return train.main([
+            "t2i", "--data", str(data), "--model", str(tiny.folder()), "--lora-rank", "2", "--steps", str(steps),
+            "--batch", "2", "--sample-every", "0", "--out", str(tmp_path / "run"), *flags])
+
+    assert run(1) == 0
+    copied = tmp_path / "copied"
+    shutil.copytree(folder, copied, copy_function=shutil.copyfile)  # with other times
+    assert run(2, "--resume", "latest", data=copied) == 0
+    edit_caption(copied, None)
+    capsys.readouterr()
+    assert run(3, "--resume", "latest", data=copied) == 2
+    assert re.search("--allow-data-change: .*step-000002 was trained on other files: data/a.txt has changed;",
+                     capsys.readouterr().err)
+    assert run(3, "--resume", "latest", "--allow-data-change", data=copied) == 0
+    assert "step-000002 was trained on other files: data/a.txt has changed" in capsys.readouterr().out
+    assert run(4, "--resume", "latest", data=copied) == 0  # now they are the run's own
 
 
 @pytest.mark.slow
@@ -243,7 +610,8 @@ def test_bad_pictures_stop_training_with_exit_code_2(folder, tmp_path, capsys):
              "2", "--sample-every", "0", "--out", str(tmp_path / "run")]
     assert train.main(flags) == 2
     output = capsys.readouterr()
-    assert "silent.png: has no caption" in output.out and "1 problems" in output.err
+    assert "silent.png: has no caption" in output.out
+    assert output.err.startswith("train.py: --bad-images: ") and "1 problems" in output.err
     assert train.main([*flags, "--bad-images", "skip"]) == 0
     assert train.main([*flags, "--from-nothing"]) == 2
-    assert "leave out --from-nothing" in capsys.readouterr().err
+    assert "--lora-rank: a new UNet is trained whole; leave it out" in capsys.readouterr().err

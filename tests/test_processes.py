@@ -1,5 +1,6 @@
 """The loop in processes of its own: signals, a full disk, and two processes that train what one does."""
 
+import io
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from minipic.pipeline import Pipeline
 from minipic.training.checkpoint import complete_checkpoints, find_damage
 from minipic.training.fsdp import FSDPModule, blocks_to_shard, whole_parameters
 from minipic.training.processes import Loss, distribute
+from minipic.training.run import lasting_output
 from minipic.weights.layouts import build_empty
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +39,7 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path):
     run = start_toys([*flags, "--lr-schedule", "constant", "--resume", "latest"], tmp_path / "said", limit=30_000)
     assert finish(run) == [2]
     said = (tmp_path / "said").read_text().splitlines()[-1]
-    assert re.search(r"cannot write .*step-000020 \([\d,]+ bytes\): .*File too large.*--resume latest", said)
+    assert re.search(r"cannot write .*step-000020 \([\d,]+ bytes\): .*File too large.*resume the latest", said)
     assert "Traceback" not in (tmp_path / "said").read_text()
     assert find_damage(at(tmp_path / "run", 10)) == "" and hashes(at(tmp_path / "run", 10)) == before
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000010"]
@@ -64,9 +66,125 @@ def test_signal_finishes_the_step_saves_and_exits_0(tmp_path, number):
     assert hashes(folder) == hashes(at(tmp_path / "whole", step))
 
 
+def start_slow_toys(flags, folder, where):
+    """A process that has come to this place, where it stays for 30 seconds: sample 29 is in step 4."""
+    (folder / "run").mkdir()
+    (folder / f"run/slow-{where}").touch()
+    run = start_toys(flags, folder / "said")
+    until(lambda: (folder / "said").exists() and f"waiting in {where}" in (folder / "said").read_text())
+    return run
+
+
+def test_a_long_step_is_given_up_and_leaves_no_trace(tmp_path):
+    """Its half done work must not be in the checkpoint: hooks, gradients, running counts."""
+    flags = ["--lr-schedule", "constant", "--gradient-accumulation", 2, "--slow-sample", 29]
+    run = start_slow_toys(["--out", tmp_path / "run", *flags, "--steps", 9], tmp_path, "loss")
+    asked = time.monotonic()
+    os.kill(run[0].pid, signal.SIGINT)
+    assert finish(run) == [0] and time.monotonic() - asked < 5
+    said = (tmp_path / "said").read_text()
+    assert said.endswith("stopped by SIGINT after step 3, saved; go on with --resume latest\n")
+    assert toy("--out", tmp_path / "whole", *flags, "--steps", 3) == 0
+    assert hashes(at(tmp_path / "run", 3)) == hashes(at(tmp_path / "whole", 3))
+
+
+@pytest.mark.parametrize("where", ["build", "data", "sample", "export"])
+def test_what_takes_long_between_steps_is_given_up_too(tmp_path, where):
+    flags = ["--out", tmp_path / "run", "--steps", 2, "--sample-every", 2]
+    run = start_slow_toys(flags, tmp_path, where)
+    asked = time.monotonic()
+    os.kill(run[0].pid, signal.SIGTERM)
+    assert finish(run) == [0] and time.monotonic() - asked < 5
+    said = (tmp_path / "said").read_text()
+    assert "Traceback" not in said
+    if where in ("build", "data"):
+        assert said.endswith("stopped by SIGTERM before training began; nothing is lost\n")
+        return
+    assert said.endswith("stopped by SIGTERM after step 2, saved; go on with --resume latest\n")
+    assert not list(tmp_path.glob("run/model/*")) and not list(tmp_path.rglob("part-*"))
+    (tmp_path / f"run/slow-{where}").unlink()
+    assert toy(*flags, "--resume", "latest") == 0
+    assert (tmp_path / "run/model/student.json").exists()
+
+
+def test_two_runs_at_once_do_not_share_a_folder(tmp_path):
+    """Nor when the second is a group of processes: each of them is refused."""
+    first = start_slow_toys(["--out", tmp_path / "run"], tmp_path, "data")
+    for world in (1, 2):
+        second = start_toys(["--out", tmp_path / "run"], tmp_path / f"said{world}", world=world)
+        assert finish(second) == [2] * world
+        assert "another run is training there" in (tmp_path / f"said{world}").read_text()
+        assert "Traceback" not in (tmp_path / f"said{world}").read_text()
+    first[0].kill()  # which releases the lock
+    assert finish(first) == [-9]
+    (tmp_path / "run/slow-data").unlink()
+    assert toy("--out", tmp_path / "run", "--steps", 2) == 0
+
+
+def broken_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w", buffering=1)
+
+
+def closed_file():
+    file = open(os.devnull, "w")
+    file.close()
+    return file
+
+
+@pytest.mark.parametrize("output", [broken_pipe, closed_file, lambda: None])
+@pytest.mark.parametrize("names", [["stdout"], ["stderr"], ["stdout", "stderr"]])
+def test_a_closed_output_does_not_end_a_training(tmp_path, monkeypatch, names, output):
+    """A pipe whose reader is gone, as after `| head -1`, or no stream at all, as after `>&-`."""
+    for name in names:
+        monkeypatch.setattr(sys, name, output())
+    assert toy("--out", tmp_path, "--steps", 5, "--sample-every", 5, "--lr-schedule", "constant") == 0
+    assert list(complete_checkpoints(tmp_path / "checkpoints")) == [5]
+    assert (tmp_path / "model/student.json").exists()
+
+
+@pytest.mark.parametrize("encoding, text, shown", [
+    ("ascii", "caf\u00e9", "caf\\xe9"), ("utf-8", "caf\u00e9", "caf\u00e9"), ("utf-8", "\udce9", "\\udce9"),
+    ("cp1252", "\u732b", "\\u732b")])
+def test_what_a_terminal_cannot_spell_is_escaped(monkeypatch, encoding, text, shown):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    with lasting_output():
+        print(text)
+        print("more")
+    assert written.getvalue().decode(encoding).split() == [shown, "more"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["stdout=pipe", "both=nothing"])
+def test_a_program_whose_output_is_closed_ends_well(tmp_path, closed):
+    flags = ["toy", "--out", str(tmp_path / "run"), "--steps", "5", "--lr-schedule", "constant"]
+    run = [sys.executable, "-c", CLOSED_OUTPUT, *closed.split("="), *flags]
+    done = subprocess.run(run, cwd=ROOT / "tests", capture_output=True, text=True)
+    assert done.returncode == 0 and "Error" not in done.stderr, done.stderr
+    assert (tmp_path / "run/model/student.json").exists()
+
+
+CLOSED_OUTPUT = """
+import os, sys
+stream, kind, *flags = sys.argv[1:]
+for name, descriptor in (("stdout", 1), ("stderr", 2)):
+    if stream in (name, "both") and kind == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, descriptor)
+    elif stream in (name, "both"):
+        os.close(descriptor)
+        setattr(sys, name, None)
+import toy_recipe, train
+sys.exit(train.main(flags))
+"""
+
+
 def test_second_signal_stops_at_once(tmp_path):
-    run = start_toys(["--out", tmp_path / "run", "--slow", 30], tmp_path / "said")
-    until(lambda: (tmp_path / "run/log.jsonl").exists())
+    run = start_toys(["--out", tmp_path / "run", "--save-every", 1], tmp_path / "said", slow_disk=3)
+    until(lambda: list(tmp_path.glob("run/checkpoints/*.tmp")))  # a checkpoint is finished before the first one counts
     os.kill(run[0].pid, signal.SIGINT)
     time.sleep(1.2)  # a repeat within a second counts as the first
     os.kill(run[0].pid, signal.SIGINT)
@@ -192,6 +310,33 @@ def test_two_processes_resume_bitwise_and_stop_together(tmp_path):
     run = start_toys(["--out", tmp_path / "whole", *flags], tmp_path / "said", world=2)
     assert finish(run) == [0, 0]
     assert hashes(at(tmp_path / "run", step + 5)) == hashes(at(tmp_path / "whole", step + 5))
+
+
+def test_two_processes_are_stopped_together_before_training(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/slow-data").touch()
+    run = start_toys(["--out", tmp_path / "run"], tmp_path / "said", world=2)
+    outputs = tmp_path / "said", tmp_path / "said-1"
+    until(lambda: all(path.exists() and "waiting in data" in path.read_text() for path in outputs))
+    asked = time.monotonic()
+    for process in run:  # as torchrun does
+        os.kill(process.pid, signal.SIGTERM)
+    assert finish(run) == [0, 0] and time.monotonic() - asked < 5
+    assert "stopped by SIGTERM before training began" in outputs[0].read_text()
+    assert not any("Traceback" in path.read_text() for path in outputs)
+
+
+def test_the_first_process_alone_reads_the_inputs_and_all_end_where_they_have_changed(tmp_path):
+    model = tmp_path / "model.json"
+    model.write_text("{}")
+    flags = ["--out", tmp_path / "run", "--lr-schedule", "constant", "--model", model]
+    assert finish(start_toys([*flags, "--steps", 2], tmp_path / "said", world=2)) == [0, 0]
+    assert "model" in (at(tmp_path / "run", 2) / "inputs.json").read_text()
+    model.write_text("[]")
+    run = start_toys([*flags, "--steps", 3, "--resume", "latest"], tmp_path / "said", world=2)
+    assert finish(run) == [2, 2]
+    assert "--allow-data-change: " in (tmp_path / "said").read_text()
+    assert "for the reason that the first process gives" in (tmp_path / "said-1").read_text()
 
 
 def test_nan_in_another_process_names_its_samples(tmp_path):

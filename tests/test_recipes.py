@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from dataclasses import fields, replace
+from itertools import product
 from unittest import mock
 
 import pytest
@@ -16,15 +17,27 @@ from PIL import Image
 import train
 from minipic import latents
 from minipic.common import rng
-from minipic.papers import PAPERS, onepic
+from minipic.papers import PAPERS
 from minipic.pipeline import Pipeline
-from minipic.recipes import clip, controlnet, edit, inversion, t2i, vae
+from minipic.recipes import clip, t2i, vae
+from minipic.training.flags import from_argv
+from minipic.training.settings import DenoisingSettings
 from minipic.weights import read_weights
 from minipic.world.caption import parse
 from minipic.world.pictures import KINDS, Picture, compose
 from minipic.world.scene import is_held_out, render
 
 PICTURES = [compose(3, i) for i in range(400)]
+
+# Small values of whatever settings a recipe has, and what some recipes need besides.
+SMALL = {"batch": 2, "scenes": 4, "pool": 4, "vocabulary": 600, "caption_dropout": 0.5, "precision": "fp32",
+         "sample_every": 0, "warmup": 0, "lr_schedule": "constant"}
+PHOTOS = {
+    "t2i": ("--lora-rank", "2"),
+    "inversion": ("--word", "one", "--initializer-token", "cyan"),
+    "dreambooth": ("--lora-rank", "2", "--caption", "a sks cube", "--class-prompt", "a cube",
+                   "--num-class-images", "1"),
+    "specialist": ("--lora-rank", "2", "--style", "one", "--word", "<one>")}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,6 +79,7 @@ def test_captions_fit_and_parse():
         assert len(parts) == len(picture.scenes) and all(parse(part).things for part in parts)
 
 
+@pytest.mark.slow
 def test_vae_loss_is_its_formula_and_falls():
     config = vae.Settings(steps=30, precision="fp32")
     torch.manual_seed(0)
@@ -181,15 +195,28 @@ def test_every_trained_weight_gets_a_gradient():
     assert len(params) > sum(1 for _ in pipeline.unet.parameters()) + 40
 
 
-@pytest.mark.parametrize("recipe, settings, frozen", [
-    (t2i, {}, False), (t2i, {"lora_rank": 2}, True), (inversion, {"data": "photos", "initializer_token": "cube"}, True),
-    (controlnet, {}, True), (edit, {}, False), (onepic, {}, True)])
-def test_what_trains_is_in_fp32_and_what_is_frozen_as_the_arithmetic(recipe, settings, frozen):
-    for precision in ("bf16", "fp32"):
-        config = recipe.Settings(model=str(tiny.folder()), precision=precision, **settings)
-        pipeline = recipe.build(config)
+MODULES = train.RECIPES | PAPERS
+FROM_A_MODEL = [name for name, module in MODULES.items()
+                if issubclass(importlib.import_module(module).Settings, DenoisingSettings)]
+TRAIN_THE_UNET = {"t2i", "dreambooth", "edit", "specialist"}  # all of it, unless they are given a LoRA's rank
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FROM_A_MODEL)
+def test_what_trains_is_in_fp32_and_what_is_frozen_as_the_arithmetic(name):
+    recipe = importlib.import_module(MODULES[name])
+    flags = ["--model", str(tiny.folder())]
+    if name in PHOTOS:
+        flags += ["--data", "photos", *PHOTOS[name]]
+    config = from_argv(recipe.Settings, flags, "train.py")
+    configs = [config]
+    if name in TRAIN_THE_UNET and getattr(config, "lora_rank", None):
+        configs.append(replace(config, lora_rank=0))
+    for config, precision in product(configs, ("bf16", "fp32")):
+        pipeline = recipe.build(replace(config, precision=precision))
         trained = recipe.setup(pipeline, config)
         rest = {p.dtype for p in pipeline.parameters() if id(p) not in set(map(id, trained))}
+        frozen = name not in TRAIN_THE_UNET or getattr(config, "lora_rank", None)
         assert {p.dtype for p in trained} == {torch.float32}
         assert rest == {torch.bfloat16 if frozen and precision == "bf16" else torch.float32}
 
@@ -198,6 +225,7 @@ def test_what_trains_is_in_fp32_and_what_is_frozen_as_the_arithmetic(recipe, set
 def test_from_nothing_to_a_pipeline(tmp_path):
     """The four commands of weights/README.md, a few steps each; the folder they make is a pipeline that draws."""
     folder, small = str(tmp_path / "model"), ["--batch", "4", "--sample-every", "0", "--precision", "fp32"]
+    small.append("--overwrite")  # the commands fill one folder, one after the other
 
     def run(recipe, *flags, out=None):
         assert train.main([recipe, "--out", str(tmp_path / (out or recipe)), "--save", folder, *small, *flags]) == 0
@@ -239,16 +267,6 @@ def test_t2i_loss_is_the_weighted_noise_error(tmp_path):
 
 # Cut and resumed --------------------------------------------------------------------------------------------------
 
-# Small values of whatever settings a recipe has, and what some recipes need besides.
-SMALL = {"batch": 2, "scenes": 4, "pool": 4, "vocabulary": 600, "caption_dropout": 0.5, "precision": "fp32",
-         "sample_every": 0, "warmup": 0, "lr_schedule": "constant"}
-PHOTOS = {
-    "t2i": ("--lora-rank", "2"),
-    "inversion": ("--word", "one", "--initializer-token", "cyan"),
-    "dreambooth": ("--lora-rank", "2", "--caption", "a sks cube", "--class-prompt", "a cube",
-                   "--num-class-images", "1")}
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """A folder of three pictures of different shapes, with captions."""
@@ -260,9 +278,9 @@ def photos(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", train.RECIPES | PAPERS)
+@pytest.mark.parametrize("name", MODULES)
 def test_a_run_that_was_cut_goes_on_with_the_same_bits(name, photos, tmp_path):
-    settings = importlib.import_module((train.RECIPES | PAPERS)[name]).Settings
+    settings = importlib.import_module(MODULES[name]).Settings
     flags = [name, "--out", str(tmp_path), "--steps", "3", "--save-every", "1", "--keep", "9"]
     for field in fields(settings):
         if field.name in SMALL:

@@ -8,13 +8,17 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 import toy_recipe
+from PIL import Image
 from safetensors.torch import load_file
+from test_papers import CONTRACT, RECIPE_CONTRACT
 from toy_recipe import at, hashes, one_thread, toy  # noqa: F401 - a fixture
 
 import train
@@ -23,11 +27,14 @@ from minipic.figures import loss_curve
 from minipic.papers import PAPERS
 from minipic.training import checkpoint
 from minipic.training.checkpoint import complete_checkpoints
+from minipic.training.export import check_overwriting, clear_leftovers, exporting, owner_word
 from minipic.training.flags import describe_field, from_argv, option
 from minipic.training.fsdp import FSDPModule
+from minipic.training.lock import locked
 from minipic.training.optimizer import EMA, build_optimizer, learning_rate, set_learning_rate
 from minipic.training.processes import sample_indices
 from minipic.training.settings import DenoisingSettings, PairSettings, PhotoSettings, TrainSettings
+from minipic.weights import save_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODULES = train.RECIPES | PAPERS
@@ -197,7 +204,20 @@ DAMAGE = {
     "optimizer.safetensors is missing": lambda folder: (folder / "optimizer.safetensors").unlink(),
     "manifest.json is missing": lambda folder: (folder / "manifest.json").unlink(),
     "manifest.json cannot be read": lambda folder: (folder / "manifest.json").write_text("{"),
+    "manifest.json is of step 20": lambda folder: copy_manifest(at(folder.parents[1], 20), folder),
+    "config.json is not in manifest.json": lambda folder: unlist(folder, "config.json"),
+    "more.json is not in manifest.json": lambda folder: (folder / "more.json").touch(),
 }
+
+
+def copy_manifest(source, target):
+    shutil.copy(source / "manifest.json", target / "manifest.json")
+
+
+def unlist(folder, name):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"][name]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("why", DAMAGE)
@@ -214,6 +234,174 @@ def test_latest_skips_what_is_damaged_and_says_why(tmp_path, capsys, why):
     assert re.search("going on from .*step-000010", lines)
     assert hashes(at(tmp_path, 24)) == good
     assert not list(tmp_path.glob("checkpoints/*.tmp"))
+
+
+def test_a_flipped_bit_of_a_manifest_is_seen(tmp_path):
+    toy("--out", tmp_path, "--steps", 1, "--width", 1)
+    manifest = at(tmp_path, 1) / "manifest.json"
+    content = manifest.read_bytes()
+    for bit in range(0, 8 * len(content), 7):  # every bit of a byte in turn
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        manifest.write_bytes(damaged)
+        assert checkpoint.find_damage(at(tmp_path, 1)), bit
+    manifest.write_bytes(content)
+    assert checkpoint.find_damage(at(tmp_path, 1)) == ""
+
+
+def test_what_a_kill_leaves_is_cleared_and_nothing_else(tmp_path):
+    """Half-written files of this run go, with names that only it gives; what the user has put there stays."""
+    flags = ["--out", tmp_path, "--save", tmp_path / "weights", "--sample-every", 12, "--save-every", 12]
+    toy(*flags)
+    word = owner_word(toy_recipe.Settings(out=str(tmp_path)))
+    own = [f"weights/part-{word}/unet/part-7-x.safetensors", "part-12-log.jsonl", "part-3-loss.png",
+           "samples/part-12-step-000012.png", "checkpoints/step-000012.tmp/part-9-model.safetensors",
+           "checkpoints/step-000003.old.tmp/config.json"]
+    others = ["part-time.txt", "part-1-holiday.png", "weights/part-one.txt", "weights/part-0123abcd/x.json",
+              "checkpoints/step-by-step.tmp/notes.txt", "samples/part-5-mine.png"]
+    for name in own + others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    shutil.rmtree(at(tmp_path, 24))
+    assert toy(*flags, "--resume", "latest") == 0
+    assert not [name for name in own if (tmp_path / name).parent.exists() and (tmp_path / name).exists()]
+    assert not (tmp_path / f"weights/part-{word}").exists() and not list(tmp_path.glob("checkpoints/step-0*.tmp"))
+    assert all((tmp_path / name).exists() for name in others)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs named pipes")
+def test_what_is_no_log_and_no_manifest_is_passed_over_and_not_waited_for(tmp_path, capsys):
+    flags = ["--out", tmp_path, "--lr-schedule", "constant", "--save-every", 2]
+    assert toy(*flags, "--steps", 4) == 0
+    log = tmp_path / "log.jsonl"
+    rows = log.read_bytes()
+    log.write_bytes(b'\xff\xfe\0\n[1]\n3\n{"no": 1}\n{"step": "x", "loss": 1}\n{"step": 1}\nnull\n' + rows + b'{"step": 4, "lo')
+    manifest = at(tmp_path, 4) / "manifest.json"
+    manifest.unlink()
+    os.mkfifo(manifest)
+    assert toy(*flags, "--steps", 6, "--resume", "latest", "--sample-every", 6) == 0
+    assert "step-000004: manifest.json cannot be read" in capsys.readouterr().out
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    log.unlink()
+    os.mkfifo(log)
+    assert toy(*flags, "--steps", 7, "--resume", "latest") == 2
+    assert "log.jsonl is a named pipe; give an ordinary file" in capsys.readouterr().err
+
+
+def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(tmp_path, capsys):
+    toy("--out", tmp_path, "--steps", 5, "--lr-schedule", "constant")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with locked(tmp_path):  # as a run does that is going on
+        (tmp_path / "checkpoints/step-000009.tmp").mkdir()  # its checkpoint, half written
+        assert toy("--out", tmp_path, "--steps", 9, "--lr-schedule", "constant", "--resume", "latest") == 2
+        error = capsys.readouterr().err
+        assert error.endswith(f"train.py: --out: {tmp_path}: another run is training there; wait for its end, or choose "
+                         "another folder\n")
+        assert (tmp_path / "checkpoints/step-000009.tmp").exists()
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert toy("--out", tmp_path, "--steps", 9, "--lr-schedule", "constant", "--resume", "latest") == 0
+    assert not (tmp_path / "checkpoints/step-000009.tmp").exists()
+
+
+def test_weights_of_others_are_replaced_only_when_asked(tmp_path, capsys, monkeypatch):
+    weights = tmp_path / "weights/part/model.safetensors"
+    weights.parent.mkdir(parents=True)
+
+    def export(model, folder, config, data, plain=toy_recipe.export):
+        plain(model, folder, config, data)
+        save_weights(model.student.state_dict(), folder / "part/model.safetensors")
+
+    monkeypatch.setattr(toy_recipe, "export", export)
+    save_weights({"x": torch.zeros(1)}, weights)
+    somebodys = weights.read_bytes()
+    flags = ["--save", tmp_path / "weights", "--lr-schedule", "constant"]
+    assert toy("--out", tmp_path / "one", *flags) == 2
+    assert re.fullmatch(rf"train.py: --overwrite: needed to replace .*{weights}; add it, or .*\n", capsys.readouterr().err)
+    assert weights.read_bytes() == somebodys and not list((tmp_path / "one").glob("checkpoints/*"))
+
+    assert toy("--out", tmp_path / "one", *flags, "--overwrite") == 0
+    first = weights.read_bytes()
+    assert first != somebodys
+    # Its own weights a run may replace, but not what has been put in their place.
+    assert toy("--out", tmp_path / "one", *flags, "--steps", 30, "--resume", "latest") == 0
+    assert weights.read_bytes() not in (first, somebodys)
+    weights.write_bytes(somebodys)
+    assert toy("--out", tmp_path / "one", *flags, "--steps", 40, "--resume", "latest") == 2
+    assert toy("--out", tmp_path / "two", *flags) == 2
+    assert weights.read_bytes() == somebodys
+
+
+def config_of(folder, out):
+    return toy_recipe.Settings(out=str(folder / out), save=str(folder / "weights"))
+
+
+def test_of_two_runs_with_one_folder_of_weights_the_later_one_is_refused(tmp_path, capsys, monkeypatch):
+    """Though there was nothing yet when it began. It has its checkpoint, and can save elsewhere."""
+    def export(model, folder, config, data):
+        save_weights(model.student.state_dict(), folder / "lora.safetensors")
+
+    def sample(model, config, data):
+        with exporting(config_of(tmp_path, "one")) as folder:  # another run ends meanwhile
+            save_weights({"x": torch.zeros(1)}, folder / "lora.safetensors")
+        return Image.new("L", (8, 8))
+
+    monkeypatch.setattr(toy_recipe, "export", export)
+    monkeypatch.setattr(toy_recipe, "sample", sample)
+    flags = ["--out", tmp_path / "two", "--lr-schedule", "constant", "--sample-every", 24]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "weights").mkdir()
+    assert toy(*flags, "--save", tmp_path / "weights") == 2
+    assert "--overwrite: needed to replace what this run has not made" in capsys.readouterr().err
+    assert load_file(tmp_path / "weights/lora.safetensors").keys() == {"x"}
+    assert toy(*flags, "--save", tmp_path / "elsewhere", "--resume", "latest") == 0
+    assert (tmp_path / "elsewhere/lora.safetensors").exists()
+
+
+def test_while_one_run_saves_its_weights_another_waits(tmp_path):
+    for name in ("one", "two", "weights"):
+        (tmp_path / name).mkdir()
+    events = []
+
+    def other():
+        clear_leftovers(config_of(tmp_path, "two"))
+        events.append("other")
+
+    with exporting(config_of(tmp_path, "one")) as folder:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        save_weights({"x": torch.zeros(1)}, folder / "lora.safetensors")
+        events.append("one")
+    thread.join()
+    assert events == ["one", "other"]
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_weights_that_git_tracks_are_replaced_only_when_asked(tmp_path, capsys):
+    config = toy_recipe.Settings(out=str(tmp_path / "run"), save=str(tmp_path / "weights"))
+    with exporting(config) as folder:
+        save_weights({"x": torch.zeros(1)}, folder / "lora.safetensors")
+    check_overwriting(config)  # its own
+    for words in (["init", "-q"], ["add", "weights"]):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True)
+    with pytest.raises(InputError, match="overwrite: needed to replace what git tracks, such as .*lora.safetensors"):
+        check_overwriting(config)
+    check_overwriting(dataclasses.replace(config, overwrite=True))
+
+
+@pytest.mark.parametrize("variable, threads", [(None, [1]), ("4", [])])
+def test_a_small_model_is_trained_by_one_thread(tmp_path, monkeypatch, variable, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    assert toy("--out", tmp_path / "a", "--steps", 1, "--lr-schedule", "constant") == 0
+    assert chosen == threads
+    monkeypatch.setattr("minipic.common.SMALL_MODEL", 10)  # bytes
+    assert toy("--out", tmp_path / "b", "--steps", 1, "--lr-schedule", "constant") == 0
+    assert chosen == threads
 
 
 def test_never_starts_afresh_when_asked_to_go_on(tmp_path, capsys):
@@ -305,16 +493,21 @@ def test_convolutions_train_channels_last_in_bf16_unless_they_are_sharded(monkey
     ("toy --lr -1", "--lr: must be at least 0, not -1.0"),
     ("toy --steps 1.5", "--steps: invalid int value: '1.5'"),
     ("toy --step 1", "--step: no such flag; did you mean --steps?"),
-    (f"toy --seed {2**64}", f"--seed: invalid int value: '{2**64}'"),
+    (f"toy --seed {2**64}", f"--seed: {2**64} is too large; choose below {2**63}"),
+    ("toy --out=", "--out: is empty; name a value or leave it out"),
+    ("t2i --data=", "--data: is empty; name a value or leave it out"),
+    ("toy --out \udce9", "--out: \\udce9 is not UTF-8; choose another name or text"),
+    ("inversion --data x --word \udce9", "--word: \\udce9 is not UTF-8"),
+    ("toy --seed -1", "--seed: must be at least 0, not -1"),
     ("toy --lr-schedule zigzag", "--lr-schedule: invalid choice: 'zigzag'"),
     ("toy --ema 1", "--ema: must be below 1, not 1.0"),
     ("toy --weight-decay -0.1", "--weight-decay: must be at least 0"),
     ("toy --max-grad-norm nan", "--max-grad-norm: invalid float value: 'nan'"),
     ("toy --batch 0", "--batch: must be at least 1"),
     ("toy --gradient-accumulation 3",
-     "--batch: 8 does not divide into --gradient-accumulation 3 parts on 1 process(es); choose a multiple of 3"),
+     "--batch: 8 does not divide into 3 parts (gradient_accumulation) on 1 process(es); choose a multiple of 3"),
     ("toy --gradient-checkpointing", "--gradient-checkpointing: this recipe's model cannot recompute"),
-    ("toy --fsdp", "--fsdp needs"),
+    ("toy --fsdp", "--fsdp: needs processes; start with torchrun"),
     ("judge --pool 0", "--pool: must be at least 1"),
     ("clip --scenes 2", "--scenes: must be at least 4"),
     ("vae --kl-weight -1", "--kl-weight: must be at least 0"),
@@ -326,7 +519,7 @@ def test_mistakes_get_one_sentence_and_exit_2(tmp_path, capsys, monkeypatch, fla
     assert train.main(flags.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("train.py: ") and words in error and error.count("\n") == 1
-    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {".lock", ".saving"}
 
 
 @pytest.mark.parametrize("flag, right", [
@@ -334,6 +527,7 @@ def test_mistakes_get_one_sentence_and_exit_2(tmp_path, capsys, monkeypatch, fla
     ("--output_dir", "--out"), ("--drop", "--caption-dropout"), ("--side", "--resolution"),
     ("--accumulate", "--gradient-accumulation"), ("--clip", "--max-grad-norm"), ("--rank", "--lora-rank"),
     ("--batchs", "--batch"), ("--lora_rank", "--lora-rank"),
+    ("--unet_lr", "--lr"), ("--checkpoints_total_limit", "--keep"), ("--train_text_encoder", "--train-text"),
 ])
 @pytest.mark.parametrize("form", ["{} 4", "{}=4"])
 def test_a_wrong_flag_suggests_the_right_one(tmp_path, capsys, monkeypatch, flag, right, form):
@@ -344,10 +538,26 @@ def test_a_wrong_flag_suggests_the_right_one(tmp_path, capsys, monkeypatch, flag
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("flag, answer", [
+    ("--no-fsdp", None), ("--no-overwrite", None), ("--fsdp", "--fsdp: needs processes"),
+    ("--no-overwrit", "did you mean --no-overwrite?"), ("--no-checkpointing", "did you mean --no-gradient-checkpointing?"),
+    ("--no-seed", "--no-seed: no such flag; --help"), ("--no-warmup", "--no-warmup: no such flag; --help"),
+    ("--no_half_vae", "--no_half_vae: no such flag; --help"), ("--fsdq", "did you mean --fsdp?")])
+def test_a_switch_has_its_negative_and_no_flag_is_answered_with_its_opposite(tmp_path, capsys, flag, answer):
+    assert toy("--out", tmp_path, "--steps", 1, "--lr-schedule", "constant", flag) == (2 if answer else 0)
+    if answer:
+        assert answer in capsys.readouterr().err
+
+
+def test_the_last_of_a_switch_and_its_negative_counts():
+    for words, value in (([], False), (["--fsdp"], True), (["--no-fsdp"], False), (["--fsdp", "--no-fsdp"], False)):
+        assert from_argv(toy_recipe.Settings, words, "program").fsdp is value
+
+
 def test_sharding_needs_a_pytorch_that_can_leave_parameters_out(tmp_path, capsys, monkeypatch):
     monkeypatch.delattr(FSDPModule, "set_force_sum_reduction_for_comms")
     assert toy("--out", tmp_path, "--fsdp") == 2
-    assert f"--fsdp needs PyTorch 2.8 or newer, and this is {torch.__version__}" in capsys.readouterr().err
+    assert f"--fsdp: needs PyTorch 2.8 or newer, and this is {torch.__version__}" in capsys.readouterr().err
 
 
 def test_processes_are_those_that_torchrun_started(tmp_path, capsys, monkeypatch):
@@ -365,18 +575,11 @@ def test_processes_are_those_that_torchrun_started(tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize("name", MODULES)
 def test_every_recipe_has_the_names_of_the_contract(name):
     module = importlib.import_module(MODULES[name])
-    parameters = {
-        "build": ["config"], "setup": ["model", "config"], "data": ["model", "config"],
-        "loss": ["model", "batch", "config"], "sample": ["model", "config", "data"],
-        "export": ["model", "folder", "config", "data"]}
+    parameters = CONTRACT if name in PAPERS else RECIPE_CONTRACT
     if name in PAPERS:
-        parameters |= {
-            "load_adapter": ["pipeline", "path"], "prompt_for": ["adapter", "prompt"],
-            "plan": ["pipeline", "adapter", "settings", "sources", "task", "options"],
-            "draw": ["pipeline", "adapter", "settings", "sources", "task", "options", "on_step"]}
         assert dataclasses.is_dataclass(module.DrawOptions)
     if hasattr(module, "lr_scale"):
-        parameters["lr_scale"] = ["config"]
+        parameters = parameters | {"lr_scale": ["config"]}
     for function, names in parameters.items():
         inspect.signature(getattr(module, function)).bind(*names)  # TypeError if it takes fewer or more
     assert issubclass(module.Settings, TrainSettings)
@@ -439,8 +642,10 @@ def test_a_field_that_changes_only_its_default_keeps_the_rest():
         kind: str = option("square")
         count: int = option(2, "how many at once")
 
-    assert describe_field(Changed, "kind") == {"help": "its form", "choices": ("round", "square"), "group": "form"}
-    assert describe_field(Changed, "count") == {"help": "how many at once", "choices": None, "group": "form"}
+    assert describe_field(Changed, "kind") == {"help": "its form", "choices": ("round", "square"), "group": "form",
+                                              "limit": None}
+    assert describe_field(Changed, "count") == {"help": "how many at once", "choices": None, "group": "form",
+                                               "limit": None}
     assert from_argv(Changed, [], "program") == Changed("square", 2)
     assert from_argv(Changed, ["--kind", "round", "--count=3"], "program") == Changed("round", 3)
     with pytest.raises(InputError, match="--kind: invalid choice: 'flat'"):

@@ -48,7 +48,9 @@ class Settings(TrainSettings):
     log_every: int = option(1)
     width: int = option(17, "width of the student; odd, so that shards are uneven")
     dropout: float = option(0.0, "dropout of the student")
+    model: str = option("", "file of which only the hash is taken")
     slow: float = option(0.0, "seconds that each micro-batch takes")
+    slow_sample: int = option(-1, "sample whose loss may take long, see `wait_in`")
     nan_loss: int = option(-1, "sample whose loss is NaN")
     nan_gradient: int = option(-1, "sample whose gradient is NaN while its loss is a number")
 
@@ -62,7 +64,16 @@ class Model(nn.Module):
         self.register_buffer("calls", torch.zeros(1))
 
 
+def wait_in(name, config):
+    """Take 30 seconds if there is a file OUT/slow-NAME."""
+    if Path(config.out, f"slow-{name}").exists():
+        print("waiting in", name, flush=True)
+        time.sleep(30)
+
+
 def build(config):
+    wait_in("build", config)
+    assert not config.model or os.path.exists(config.model)
     return Model(config.width, config.dropout)
 
 
@@ -87,11 +98,14 @@ class TeacherData:
 
 
 def data(model, config):
+    wait_in("data", config)
     return TeacherData(model, config)
 
 
 def loss(model, batch, config):
     model.calls += 1
+    if config.slow_sample in batch["indices"]:
+        wait_in("loss", config)
     predicted = model.student(batch["x"])
     error = functional.mse_loss(predicted.float(), batch["y"])
     if config.nan_loss in batch["indices"]:
@@ -104,6 +118,7 @@ def loss(model, batch, config):
 def sample(model, config, data):
     assert data.model is model  # what `data` returned is passed on
     assert not model.training and not torch.is_grad_enabled()
+    wait_in("sample", config)
     model.student(torch.zeros(1, 6, device=model.calls.device))  # outside the loss: a shard could not do this
     return Image.new("RGB", (8, 8))
 
@@ -113,6 +128,7 @@ def export(model, folder, config, data):
     folder.mkdir(parents=True, exist_ok=True)
     values = {name: p.cpu().tolist() for name, p in model.student.state_dict().items()}  # FSDP gives it shards
     (folder / "student.json").write_text(json.dumps(values))
+    wait_in("export", config)
 
 
 # Processes of its own ---------------------------------------------------------------------------------------------

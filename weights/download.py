@@ -30,6 +30,9 @@ TIMEOUT = 60  # seconds without a byte
 NETWORK_ERRORS = (
     urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
 ATTEMPTS = 6  # in a row that bring nothing new; a cut after some progress starts the count again
+ATTEMPTS_IN_ALL = 100
+LIMITS = {".json": 16 << 20, ".safetensors": 16 << 30}  # bytes of files whose size is not known
+LIMIT = 16 << 20  # of any other such file
 
 
 class DownloadError(Exception):
@@ -40,12 +43,16 @@ class WrongFile(Exception):
     """What is there, or what arrived, cannot be the official file."""
 
 
+class Cut(ConnectionError):
+    """The connection ended before the file did."""
+
+
 # One file ---------------------------------------------------------------------------------------
 
 
 def fetch(url: str, target: Path, size: int | None = None, sha256: str | None = None,
           pause: float = 1.0):
-    """Bring `url` to the file `target`. Bytes of an earlier attempt, in `target`.part, are kept.
+    """Bring `url` to the file `target`. Bytes of an earlier attempt, in `target.part`, are kept.
 
     size, sha256: of the right file, None where not known. pause: seconds before the second attempt,
     doubled for each further one. Raises DownloadError; `target` is then as it was before.
@@ -53,9 +60,10 @@ def fetch(url: str, target: Path, size: int | None = None, sha256: str | None = 
     part = target.with_name(target.name + ".part")
     target.parent.mkdir(parents=True, exist_ok=True)
     check_space(target, length_of(part), size)
+    print(f"{target.name}: connecting", flush=True)
     discarded = 0  # wrong files that arrived; one is fetched again
     fruitless = 0  # attempts in a row that brought nothing new
-    while True:
+    for _ in range(ATTEMPTS_IN_ALL):
         before = length_of(part)
         try:
             receive(url, part, size)
@@ -63,33 +71,52 @@ def fetch(url: str, target: Path, size: int | None = None, sha256: str | None = 
             break
         except WrongFile as error:
             discard(part)
+            reason = str(error)
             discarded += 1
             if discarded == 2:
                 problem = f"{error}, twice; try later or another --mirror"
                 raise DownloadError(f"{url}: {problem}") from None
         except urllib.error.HTTPError as error:
-            asks_to_come_again = error.code >= 500 or error.code in (408, 429)
-            if not asks_to_come_again:
+            reason = describe(error)
+            if error.code < 500 and error.code not in (408, 429):  # it does not ask to come again
                 raise DownloadError(
-                    f"{url}: the server answers {error.code} ({error.reason}); check the address "
-                    "or try another --mirror") from None
-            reason = f"the server answers {error.code}"
+                    f"{url}: {reason}; check the address or try another --mirror") from None
             fruitless += 1
-        except (ValueError, http.client.InvalidURL) as error:
-            raise DownloadError(f"{url}: is no address ({error}); check --mirror") from None
+        except (ValueError, http.client.InvalidURL):
+            raise DownloadError(f"{url}: is no address, or leads to none; check --mirror") from None
         except NETWORK_ERRORS as error:
-            reason = getattr(error, "reason", error)
+            reason = describe(error)
             fruitless = 0 if length_of(part) > before else fruitless + 1
         if fruitless == ATTEMPTS:
             raise DownloadError(
                 f"{url}: no connection after {ATTEMPTS} attempts ({reason}); the same command goes "
                 "on from here")
-        if fruitless > 0:
-            time.sleep(pause * 2 ** fruitless)
+        wait = pause * 2 ** fruitless if fruitless else 0
+        print(f"{target.name}: {reason}; trying again in {wait:.0f} s", flush=True)
+        time.sleep(wait)
+    else:
+        raise DownloadError(
+            f"{url}: not whole after {ATTEMPTS_IN_ALL} attempts ({reason}); the same command goes "
+            "on from here")
     with open(part, "rb") as file:
         os.fsync(file.fileno())
     os.replace(part, target)
     discard(part)  # only its note is left
+
+
+def describe(error: Exception) -> str:
+    """Why a request failed, in words of this computer; none of the server's are printed."""
+    if isinstance(error, urllib.error.HTTPError):
+        meaning = http.client.responses.get(error.code, "no such code")
+        return f"the server answers {error.code} ({meaning})"
+    cause = getattr(error, "reason", error)
+    if isinstance(cause, Cut):
+        return str(cause)
+    if isinstance(cause, TimeoutError):
+        return f"nothing came for {TIMEOUT} s"
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return "its answer is not HTTP, or it breaks off"
 
 
 def check_space(target: Path, present: int, size: int | None):
@@ -134,14 +161,18 @@ def receive(url: str, part: Path, size: int | None):
         if size and total and total != size:
             raise WrongFile(
                 f"the server announces {total:,} bytes and the official file has {size:,}")
+        limit = size or LIMITS.get(Path(part.stem).suffix, LIMIT)
+        if total and total > limit:
+            raise WrongFile(
+                f"the server announces {total:,} bytes, more than the {limit:,} that are fetched")
         if answer.status != 206:  # the server ignored the range and starts again
             present = 0
         tag = answer.headers.get("ETag", "")
-        if tag and not tag.startswith("W/"):  # a weak tag does not promise the same bytes
+        if re.fullmatch('"[!-~]{1,200}"', tag):  # a weak one, W/"...", does not promise the bytes
             note.write_text(tag)
-        write(answer, part, present, total)
+        write(answer, part, present, total or size, limit)
     if length_of(part) < (total or size or 0):
-        raise ConnectionError(f"cut at {length_of(part):,} of {total or size:,} bytes")
+        raise Cut(f"cut at {length_of(part):,} of {total or size:,} bytes")
 
 
 def announced_size(answer: http.client.HTTPResponse, present: int) -> int | None:
@@ -152,16 +183,23 @@ def announced_size(answer: http.client.HTTPResponse, present: int) -> int | None
     sent = answer.headers.get("Content-Range")
     match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", sent or "")
     if not match or int(match[1]) != present:
-        raise WrongFile(f"the server sends the range {sent!r}, not from byte {present:,}")
+        raise WrongFile(f"the server sends another range than the one from byte {present:,}")
     return int(match[2])
 
 
-def write(answer: http.client.HTTPResponse, part: Path, present: int, total: int | None):
-    """Append the answer's bytes to `part`, of which the first `present` bytes are there."""
+def write(
+        answer: http.client.HTTPResponse, part: Path, present: int, total: int | None, limit: int):
+    """Append the answer's bytes to `part`, of which the first `present` bytes are there.
+
+    total: bytes of the whole file, for the bar. limit: no more than these are written.
+    """
     name = part.name.removesuffix(".part")
     bar = tqdm(desc=name, total=total, initial=present, unit="B", unit_scale=True)
     with open(part, "ab" if present else "wb") as file, bar:
         while block := answer.read1(BLOCK):
+            present += len(block)
+            if present > limit:
+                raise WrongFile(f"the server sends more than {limit:,} bytes")
             file.write(block)
             bar.update(len(block))
 
@@ -178,15 +216,19 @@ def check(path: Path, size: int | None, sha256: str | None):
     elif path.name.removesuffix(".part").endswith(".json"):
         try:
             json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise WrongFile("it is not JSON") from None
 
 
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    name = path.name.removesuffix(".part")
+    bar = tqdm(
+        desc=f"checking {name}", total=length_of(path), unit="B", unit_scale=True, leave=False)
+    with open(path, "rb") as file, bar:
         while block := file.read(BLOCK):
             digest.update(block)
+            bar.update(len(block))
     return digest.hexdigest()
 
 

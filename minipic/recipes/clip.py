@@ -9,6 +9,7 @@ places were 2% of the variance, and it never learned them. So linear heads must 
 of the caption there, each as clearly.
 """
 
+import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,20 +18,21 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from tokenizers import pre_tokenizers, trainers
 from tqdm import tqdm
 
-from minipic.common import rng
+from minipic.common import InputError, rng
 from minipic.figures import image_grid
 from minipic.image import to_pictures
 from minipic.models.clip import (
     CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig, contrastive_loss)
-from minipic.recipes.tokenizer import train_tokenizer
 from minipic.text import Tokenizer
 from minipic.training.flags import option
 from minipic.training.processes import is_main_process, wait_for_everyone
 from minipic.training.settings import DATA, TrainSettings
+from minipic.weights.files import write_json
 from minipic.weights.layouts import save_part
-from minipic.weights.tokenizer import END
+from minipic.weights.tokenizer import END, START, WORD_END, byte_level_bpe, write_tokenizer
 from minipic.world.caption import RELATIONS, Thing, parse
 from minipic.world.edits import edited
 from minipic.world.pictures import Picture, compose
@@ -97,7 +99,8 @@ class Towers(nn.Module):
 
 def build(config: Settings) -> Towers:
     """New towers, and the vocabulary of the captions in OUT/tokenizer and OUT/tokenizer_2."""
-    first, second = Path(config.out, "tokenizer"), Path(config.out, "tokenizer_2")
+    first = Path(config.out, "tokenizer")
+    second = Path(config.out, "tokenizer_2")
     is_complete = (second / "merges.txt").exists()  # the file that is written last
     if is_main_process() and not (config.resume and is_complete):
         captions = []
@@ -134,6 +137,42 @@ def family_picture(seed: int, index: int) -> Picture:
     return first
 
 
+def train_tokenizer(
+        captions: list[str], folder: str | Path, vocab_size: int, pad: str = END) -> Tokenizer:
+    """Learn a vocabulary of at most `vocab_size` tokens from captions and write it to a folder.
+
+    Its order is CLIP's: 256 bytes ("!" is the first), the same bytes ending a word, the merges,
+    START, END. The vocabulary is smaller than `vocab_size` where the captions hold no more pairs.
+    pad: END, or "!" as in SDXL's second tokenizer. transformers' CLIPTokenizer reads the folder as
+    well.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet += [byte + WORD_END for byte in alphabet]
+    smallest = len(alphabet) + 2
+    if vocab_size < smallest:
+        raise InputError(
+            f"vocab_size={vocab_size}: a byte-level vocabulary has at least {smallest} tokens")
+
+    merges = learn_merges(captions, vocab_size)[:vocab_size - smallest]
+    tokens = alphabet + [first + second for first, second in merges] + [START, END]
+    vocab = {}
+    for token in tokens:
+        if token not in vocab:  # two pairs may make one token
+            vocab[token] = len(vocab)
+    write_tokenizer(Path(folder), vocab, merges, pad)
+    return Tokenizer(folder)
+
+
+def learn_merges(captions: list[str], vocab_size: int) -> list[list[str]]:
+    """The pairs of tokens that BPE merges, the first learned first, for at most `vocab_size`."""
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, end_of_word_suffix=WORD_END, show_progress=False,
+        min_frequency=2)  # a pair that occurs once teaches nothing
+    bpe = byte_level_bpe({}, [])
+    bpe.train_from_iterator(captions, trainer)
+    return json.loads(bpe.to_str())["model"]["merges"]
+
+
 class CaptionData:
     """Batches of pictures [B,3,64,64], their captions' ids by both tokenizers and their facts."""
 
@@ -149,7 +188,8 @@ class CaptionData:
         self.images = torch.stack(images)
 
     def batch(self, step: int, indices: list[int]) -> dict:
-        rows, captions = [], []
+        rows = []
+        captions = []
         for index in indices:
             generator = rng(self.config.seed, "pick", index // FAMILY)  # one for the whole family
             family = int(torch.randint(len(self.pictures) // FAMILY, (), generator=generator))
@@ -170,15 +210,19 @@ def facts_of(caption: str) -> list[int]:
     panels = caption.removeprefix("two panels: ").split(" | ")
     answers = []
     for panel in range(2):
-        things, relations = [], {}
+        things = []
+        relations = {}
         floor = sky = None
         if panel < len(panels):
             description = parse(panels[panel])
             things = list(description.things)
             relations = {(i, j): word for i, word, j in description.relations}
-            floor, sky = description.floor, description.sky
+            floor = description.floor
+            sky = description.sky
         things = (things + 3 * [Thing()])[:3]
-        values = [getattr(thing, name) for thing in things for name in ATTRIBUTES]
+        values = []
+        for thing in things:
+            values += [getattr(thing, name) for name in ATTRIBUTES]
         values += [relations.get((0, 1)), relations.get((0, 2)), floor, sky]
         for value, choices in zip(values, PANEL_QUESTIONS):
             answers.append(0 if value is None else 1 + list(choices).index(value))
@@ -260,3 +304,6 @@ def export(towers: Towers, folder: Path, config: Settings, data: CaptionData):
         tokenizer.save(folder / name)
     for name in ("text_encoder", "text_encoder_2", "image_encoder"):
         save_part(getattr(towers, name), folder / name, torch.float16)
+    # Pictures in [0,1] become what `squash` was given; official CLIPs have other numbers.
+    normalisation = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    write_json(normalisation, folder / "image_encoder" / "preprocessor_config.json")

@@ -21,6 +21,7 @@ from minipic.training.flags import option
 from minipic.training.settings import DATA, PairSettings
 from minipic.weights.layouts import save_part
 from minipic.world.caption import caption
+from minipic.world.pictures import PairPicture
 
 
 @dataclass
@@ -39,7 +40,7 @@ def build(config: Settings) -> Pipeline:
     """The pipeline with a new ControlNet."""
     pipeline = load_pipeline(config, frozen=True)
     controlnet = ControlNet.from_unet(pipeline.unet, pipeline.vae.config.factor, config.small)
-    pipeline.controlnet = controlnet.float()
+    pipeline.attach_controlnet(controlnet.float())
     return pipeline
 
 
@@ -47,7 +48,8 @@ def setup(pipeline: Pipeline, config: Settings) -> list[nn.Parameter]:
     return list(pipeline.controlnet.parameters())
 
 
-def maps_with_captions(pipeline: Pipeline, config: Settings, first: int, count: int) -> list:
+def maps_with_captions(
+        pipeline: Pipeline, config: Settings, first: int, count: int) -> list[PairPicture]:
     """Pairs of a map and its picture, with captions of what is in the picture.
 
     The task's own prompt for a segmentation names the colours of the map, which a frozen model
@@ -84,7 +86,8 @@ def loss(pipeline: Pipeline, batch: dict, config: Settings) -> torch.Tensor:
 
 def sample(pipeline: Pipeline, config: Settings, data: ControlData) -> Image.Image:
     """Of four scenes not trained on: the map, what is drawn from it, the scene itself."""
-    pictures, labels = [], []
+    pictures = []
+    labels = []
     for pair in maps_with_captions(pipeline, config, config.scenes, 4):
         hint, truth = to_pictures(torch.stack([pair.source, pair.image]) / 127.5 - 1)
         # The ControlNet's weights are in fp32, the UNet's may be in bf16.

@@ -11,21 +11,21 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minipic.common import InputError
+from minipic.common import ParameterError
 from minipic.image import save_new
-from minipic.latents import LatentData, denoising_loss
+from minipic.latents import (
+    LatentData, choose_trained, denoising_loss, export_trained, load_pipeline, photo_latents,
+    sample_captions)
 from minipic.pipeline import Pipeline
-from minipic.recipes import t2i
-from minipic.recipes.t2i import build, export, sample, setup  # noqa: F401 - the recipe's own
 from minipic.training.flags import option
 from minipic.training.processes import is_main_process, wait_for_everyone
-from minipic.training.settings import DATA, LOSS
+from minipic.training.settings import DATA, LOSS, LoraSettings
 
 PRIOR = "prior "  # begins the keys of the class's half of a batch
 
 
 @dataclass
-class Settings(t2i.Settings):
+class Settings(LoraSettings):
     """Teach a model a subject from a few pictures (--data), keeping its class as it was."""
 
     class_prompt: str = option(
@@ -40,23 +40,30 @@ class Settings(t2i.Settings):
     ema: float = option(0.0)
     caption_dropout: float = option(0.0)
 
-    MINIMUM = t2i.Settings.MINIMUM | {"num_class_images": 1, "prior_loss_weight": 0}
+    MINIMUM = LoraSettings.MINIMUM | {"num_class_images": 1, "prior_loss_weight": 0}
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.data or not self.class_prompt:
-            raise InputError(
-                "dreambooth needs --data FOLDER, pictures of the subject, and --class-prompt "
-                '"a dog"')
+        if not self.data:
+            raise ParameterError("data", "name a folder of pictures of the subject")
+        if not self.class_prompt:
+            raise ParameterError("class_prompt", 'say what the subject is one of, such as "a dog"')
 
 
-class SubjectData(LatentData):
+def build(config: Settings) -> Pipeline:
+    return load_pipeline(config, frozen=config.lora_rank > 0)
+
+
+setup = choose_trained
+
+
+class SubjectData:
     """Batches of the subject with as many pictures of its class, whose keys begin with PRIOR."""
 
     def __init__(self, subject: LatentData, prior: LatentData):
         self.subject = subject
         self.prior = prior
-        self.pictures = subject.pictures
+        self.pictures = subject.pictures  # for the sample
 
     def batch(self, step: int, indices: list[int]) -> dict:
         batch = self.subject.batch(step, indices)
@@ -73,18 +80,21 @@ def data(pipeline: Pipeline, config: Settings) -> SubjectData:
         draw_class(pipeline, folder, config)
     wait_for_everyone()
     prior = replace(config, data=str(folder), caption=config.class_prompt, seed=config.seed + 1)
-    prior_data = t2i.data(pipeline, prior)
-    return SubjectData(t2i.data(pipeline, config), prior_data)
+    return SubjectData(photo_latents(pipeline, config), photo_latents(pipeline, prior))
 
 
 def draw_class(pipeline: Pipeline, folder: Path, config: Settings):
     """Draw the pictures of the class that are missing, with the model as it is before training."""
     pipeline.eval()
-    present = len(list(folder.glob("*.png")))
-    for i in tqdm(range(present, config.num_class_images), "class", leave=False, mininterval=2):
+    for unfinished in folder.glob("*.png.part"):  # of this run, before it was killed
+        unfinished.unlink()
+    for i in tqdm(range(config.num_class_images), "class", leave=False, mininterval=2):
+        path = folder / f"{i:04d}.png"
+        if path.exists():
+            continue
         seed = (10**6 * (config.seed + 1) + i) % 2**63
         picture = pipeline.generate(config.class_prompt, seed=seed, progress=False)[0]
-        save_new(picture, folder / f"{i:04d}.png")
+        save_new(picture, path)
     pipeline.train()
 
 
@@ -97,3 +107,7 @@ def loss(pipeline: Pipeline, batch: dict, config: Settings) -> tuple[torch.Tenso
     prior_loss = denoising_loss(pipeline, prior, config)
     logged = {"subject": subject_loss.detach(), "prior": prior_loss.detach()}
     return subject_loss + config.prior_loss_weight * prior_loss, logged
+
+
+sample = sample_captions
+export = export_trained

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from minipic.common import ParameterError, rng
+from minipic.common import ParameterError
 from minipic.figures import image_grid
 from minipic.image import to_pictures
-from minipic.latents import LatentData, denoising_loss, encode_pictures, load_pipeline, world_pairs
+from minipic.latents import SourceData, denoising_loss, load_pipeline, world_pairs
+from minipic.layers.blocks import double_inputs
 from minipic.models.unet import UNet
 from minipic.pipeline import Pipeline
 from minipic.training.flags import option
@@ -47,22 +48,17 @@ class Settings(PairSettings):
 
 
 def build(config: Settings) -> Pipeline:
-    """The pipeline of --model, as InstructPix2Pix. Input channels are added if it has none."""
+    """The pipeline of config.model, whose UNet gets input channels if it has none to see with."""
     pipeline = load_pipeline(config, allow="edit")
     if not pipeline.extra_input:
         double_input_channels(pipeline.unet)
-    family = "StableDiffusionXL" if pipeline.is_sdxl else "StableDiffusion"
-    pipeline.index = pipeline.index | {"_class_name": f"{family}InstructPix2PixPipeline"}
     return pipeline
 
 
 def double_input_channels(unet: UNet):
     """Let a UNet take as many channels again, which count nothing at first."""
-    conv = unet.conv_in
-    weight = conv.weight.detach()
-    conv.weight = nn.Parameter(torch.cat([weight, torch.zeros_like(weight)], dim=1))
-    conv.in_channels = 2 * unet.config.in_channels
-    unet.config = replace(unet.config, in_channels=conv.in_channels)
+    double_inputs(unet.conv_in)
+    unet.config = replace(unet.config, in_channels=unet.conv_in.in_channels)
 
 
 def setup(pipeline: Pipeline, config: Settings) -> list[nn.Parameter]:
@@ -73,39 +69,10 @@ def lr_scale(config: Settings) -> dict[str, float]:
     return {"unet.conv_in.weight": config.input_lr}
 
 
-class EditData(LatentData):
-    """Latents with source [B,4,h,w]: the picture before, unscaled, or zeros where left out."""
-
-    def __init__(self, pipeline: Pipeline, pairs: list, config: Settings):
-        before = [replace(pair, image=pair.source) for pair in pairs]
-        self.vae = pipeline.vae
-        self.before = encode_pictures(pipeline.vae, before)
-        super().__init__(pipeline, pairs, config)
-
-    def batch(self, step: int, indices: list[int]) -> dict:
-        batch = super().batch(step, indices)
-        sources = []
-        for index, row, caption in zip(indices, batch["rows"], batch["captions"]):
-            sources.append(self.source(index, row, caption))
-        batch["source"] = torch.stack(sources)
-        return batch
-
-    def source(self, index: int, row: int, caption: str | None) -> torch.Tensor:
-        """The latent of the picture before, or zeros.
-
-        Of all samples, a share of caption_dropout / 2 lacks the picture alone, as many the
-        instruction alone, as many both.
-        """
-        dropout = self.config.caption_dropout
-        share = 0.5  # of the samples without an instruction
-        if caption:
-            share = dropout / 2 / (1 - dropout)
-        is_given = torch.rand((), generator=rng(self.config.seed, "told", index)) >= share
-        return is_given * self.vae.unscale(self.before[row][0].float())
-
-
-def data(pipeline: Pipeline, config: Settings) -> EditData:
-    return EditData(pipeline, world_pairs("edit", pipeline, config, 0, config.scenes), config)
+def data(pipeline: Pipeline, config: Settings) -> SourceData:
+    pairs = world_pairs("edit", pipeline, config, 0, config.scenes)
+    before = [replace(pair, image=pair.source) for pair in pairs]
+    return SourceData(pipeline, pairs, before, config)
 
 
 def loss(pipeline: Pipeline, batch: dict, config: Settings) -> torch.Tensor:
@@ -116,9 +83,10 @@ def loss(pipeline: Pipeline, batch: dict, config: Settings) -> torch.Tensor:
     return denoising_loss(pipeline, batch, config, network)
 
 
-def sample(pipeline: Pipeline, config: Settings, data: EditData) -> Image.Image:
+def sample(pipeline: Pipeline, config: Settings, data: SourceData) -> Image.Image:
     """Of four pairs not trained on: the picture before, what is made of it, the one after."""
-    pictures, labels = [], []
+    pictures = []
+    labels = []
     for pair in world_pairs("edit", pipeline, config, config.scenes, 4):
         before, after = to_pictures(torch.stack([pair.source, pair.image]) / 127.5 - 1)
         drawn = pipeline.generate(pair.text, steps=20, edit=before, progress=False)[0]
@@ -127,8 +95,9 @@ def sample(pipeline: Pipeline, config: Settings, data: EditData) -> Image.Image:
     return image_grid(pictures, labels, columns=3)
 
 
-def export(pipeline: Pipeline, folder: Path, config: Settings, data: EditData):
+def export(pipeline: Pipeline, folder: Path, config: Settings, data: SourceData):
     """The finished model, a pipeline folder; example.png is a picture to try."""
-    pipeline.save(folder, torch.float16)
+    family = "StableDiffusionXL" if pipeline.is_sdxl else "StableDiffusion"
+    pipeline.save(folder, torch.float16, class_name=f"{family}InstructPix2PixPipeline")
     pair = world_pairs("edit", pipeline, config, config.scenes, 1)[0]
     to_pictures(pair.source[None] / 127.5 - 1)[0].save(folder / "example.png")

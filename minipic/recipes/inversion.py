@@ -10,9 +10,9 @@ from pathlib import Path
 from torch import nn
 
 from minipic.common import InputError, ParameterError
-from minipic.latents import LatentData, load_pipeline, training_pictures
+from minipic.latents import (
+    LatentData, denoising_loss, load_pipeline, read_photos, sample_captions)
 from minipic.pipeline import Pipeline
-from minipic.recipes.t2i import loss, sample  # noqa: F401 - the recipe's own
 from minipic.training.flags import option
 from minipic.training.settings import DATA, PhotoSettings
 from minipic.weights.embedding import save_embedding
@@ -41,55 +41,47 @@ class Settings(PhotoSettings):
 
 
 def build(config: Settings) -> Pipeline:
-    """The pipeline with the new word, whose vectors all start as that of --initializer-token."""
+    """The pipeline with the new word, whose vectors all start as the initializer token's."""
     pipeline = load_pipeline(config, frozen=True)
     vectors = {}
-    for part, (tokenizer, encoder) in zip(pipeline.text_encoders, pipeline.tokenizers_and_encoders):
-        first, second = tokenizer([config.initializer_token])[0, 1:3].tolist()
-        if second != encoder.end_token:
+    for part, of_token in pipeline.vectors_of(config.initializer_token).items():
+        if len(of_token) != 1:
             raise ParameterError(
                 "initializer_token", f"{config.initializer_token} is not one token of this "
                 "model's vocabulary; choose another")
-        weight = encoder.text_model.embeddings.token_embedding.weight
-        vectors[part] = weight[first].detach().repeat(config.num_vectors, 1)
+        vectors[part] = of_token.repeat(config.num_vectors, 1)
     try:
         pipeline.add_word(config.word, vectors)
     except InputError as error:
         raise ParameterError("word", str(error)) from None
-    for embedding in token_embeddings(pipeline).values():
-        embedding.added.data = embedding.added.data.float()  # what trains is in fp32
+    for vectors in pipeline.word_vectors().values():
+        vectors.data = vectors.data.float()  # what trains is in fp32
     return pipeline
 
 
-def token_embeddings(pipeline: Pipeline) -> dict[str, nn.Module]:
-    embeddings = {}
-    for part, encoder in pipeline.text_encoders.items():
-        embeddings[part] = encoder.text_model.embeddings.token_embedding
-    return embeddings
-
-
 def setup(pipeline: Pipeline, config: Settings) -> list[nn.Parameter]:
-    return [embedding.added for embedding in token_embeddings(pipeline).values()]
+    return list(pipeline.word_vectors().values())
 
 
 def data(pipeline: Pipeline, config: Settings) -> LatentData:
-    pictures = training_pictures(pipeline, config)
+    photos = read_photos(pipeline, config, config.data)
     tokenizer, encoder = pipeline.tokenizers_and_encoders[0]
     # The ids of new words follow those of the vocabulary.
     vocabulary = len(encoder.text_model.embeddings.token_embedding.weight)
-    for photo in pictures:
+    for photo in photos:
         if (tokenizer([photo.text]) < vocabulary).all():
             raise InputError(
                 f"{photo.path}: its caption {photo.text!r} lacks the word {config.word}; put it "
-                f'there, or give --caption "a picture of {config.word}" in place of caption files')
-    return LatentData(pipeline, pictures, config)
+                f'there, or give the caption "a picture of {config.word}" for all and no files')
+    return LatentData(pipeline, photos, config)
+
+
+loss = denoising_loss
+sample = sample_captions
 
 
 def export(pipeline: Pipeline, folder: Path, config: Settings, data: LatentData):
     """The word's vectors, in one file of kohya's spelling and in diffusers' files."""
     letters = [letter for letter in config.word if letter.isalnum() or letter in "-_"]
     name = "".join(letters) or "word"
-    vectors = {}
-    for part, embedding in token_embeddings(pipeline).items():
-        vectors[part] = embedding.added.detach()
-    save_embedding(vectors, folder / f"{name}.safetensors", config.word)
+    save_embedding(pipeline.word_vectors(), folder / f"{name}.safetensors", config.word)

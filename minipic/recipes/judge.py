@@ -5,6 +5,7 @@ held out from the other recipes: the judge must read them without prejudice. Los
 of the heat map of centres (Zhou et al. 2019, equation 1), and what is at the centres.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from minipic.training.settings import DATA, TrainSettings
 from minipic.world.camera import extrinsic_of, intrinsics, project
 from minipic.world.probe import CELL, CELL_HEADS, PICTURE_HEADS, Judge, heads, read, save_judge
 from minipic.world.scene import (
-    COLORS, FLOORS, PATTERNS, SHAPES, SIZES, SKIES, centres, layout, render, sample_scene)
+    COLORS, FLOORS, PATTERNS, SHAPES, SIZES, SKIES, Scene, centres, layout, render, sample_scene)
 
 SIZE = (64, 64)
 MOST = 3          # objects in a scene
@@ -81,7 +82,7 @@ def data(judge: Judge, config: Settings) -> JudgeData:
     return JudgeData(config)
 
 
-def truth_of(scene) -> dict[str, torch.Tensor]:
+def truth_of(scene: Scene) -> dict[str, torch.Tensor]:
     """What the judge should say of a scene: numbers for up to three objects.
 
     `real` marks those that exist.
@@ -104,7 +105,7 @@ def truth_of(scene) -> dict[str, torch.Tensor]:
         "setting": torch.tensor([number_of(scene.floor, FLOORS), number_of(scene.sky, SKIES)])}
 
 
-def number_of(name: str, table) -> int:
+def number_of(name: str, table: Iterable[str]) -> int:
     """The place of a name in one of the world's tables."""
     return list(table).index(name)
 

@@ -1,12 +1,11 @@
 """Trains text-to-image: the UNet learns what the schedule asks for, noise or v, in latents.
 
 DDPM's loss (arXiv 2006.11239 equation 14) on the latents of a frozen VAE, text from encoders that
-are frozen too unless --train-text, SDXL's conditioning (text and size ids, arXiv 2307.01952),
+are frozen too unless train_text is set, SDXL's conditioning (text and size ids, arXiv 2307.01952),
 Min-SNR weights (arXiv 2303.09556).
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -14,18 +13,16 @@ from torch import nn
 
 from minipic.common import ParameterError, find_file
 from minipic.diffusion.schedule import Schedule
-from minipic.figures import image_grid
 from minipic.latents import (
-    LatentData, denoising_loss, encode_captions, load_pipeline, training_pictures)
-from minipic.layers import lora
+    LatentData, choose_trained, denoising_loss, export_trained, load_pipeline, photo_latents,
+    sample_captions, sample_prompts)
 from minipic.models.unet import UNet, UNetConfig
 from minipic.pipeline import Pipeline
 from minipic.text import Tokenizer
 from minipic.training.flags import option
-from minipic.training.photos import Photo
-from minipic.training.settings import DATA, LORA, LOSS, PhotoSettings
-from minipic.weights import save_lora
+from minipic.training.settings import DATA, LOSS, LoraSettings
 from minipic.weights.layouts import load_part, open_part
+from minipic.world.pictures import compose
 
 PROMPTS = (
     "a small red sphere left of a large blue cube", "a large yellow torus on a pink floor",
@@ -53,22 +50,14 @@ def tiny_unet_config(context_width: int, pooled_width: int) -> UNetConfig:
 
 
 @dataclass
-class Settings(PhotoSettings):
+class Settings(LoraSettings):
     """Train the UNet of a model, whole or by a LoRA (--lora-rank).
 
     The pictures are those of a folder (--data) or of the world.
     """
 
-    lora_rank: int = option(
-        0, "train a LoRA of this rank and leave the model as it is; 0: train the model", group=LORA)
-    lora_alpha: float = option(
-        0.0, "the LoRA is scaled by alpha / rank; 0: alpha is the rank", group=LORA)
-    lora_format: str = option(
-        "peft", "names in the LoRA's file: PEFT's, which diffusers reads, or kohya's",
-        ("peft", "kohya"), group=LORA)
     from_nothing: bool = option(
         False, "start a new tiny UNet for the model's VAE and text encoders", group=DATA)
-    train_text: bool = option(False, "train the text encoders too", group=DATA)
     scenes: int = option(
         40000, "different pictures of the world; their latents stay in memory", group=DATA)
     prediction: str = option(
@@ -77,32 +66,28 @@ class Settings(PhotoSettings):
     lr: float = option(8e-4)
     ema: float = option(0.9995)
 
-    MINIMUM = PhotoSettings.MINIMUM | {"lora_rank": 0, "lora_alpha": 0, "scenes": 1}
+    MINIMUM = LoraSettings.MINIMUM | {"scenes": 1}
 
     def __post_init__(self):
         super().__post_init__()
         if self.from_nothing and self.lora_rank:
             raise ParameterError(
-                "lora_rank", "changes a model that is there; leave out --from-nothing")
-        if self.lora_alpha and not self.lora_rank:
-            raise ParameterError("lora_alpha", "needs --lora-rank; without it there is no LoRA")
-        if self.lora_format == "kohya" and not self.lora_rank:
-            raise ParameterError("lora_format", "needs --lora-rank; without it there is no LoRA")
+                "lora_rank", "a new UNet is trained whole; leave it out, or start from a model")
         if self.resolution and not self.data:
             raise ParameterError(
-                "resolution", "the world's pictures have sizes of their own; give --data, or "
-                "leave it out")
+                "resolution", "the world's pictures have sizes of their own; give a folder of "
+                "data, or leave it out")
 
 
 def build(config: Settings) -> Pipeline:
-    """The pipeline to train: that of --model, or its VAE and text encoders with a new UNet."""
+    """The pipeline of config.model, or its VAE and text encoders with a new UNet."""
     if config.from_nothing:
         return build_tiny(config)
     return load_pipeline(config, frozen=config.lora_rank > 0)
 
 
 def build_tiny(config: Settings) -> Pipeline:
-    """A new tiny UNet with the VAE, text encoders and tokenizers of the folder --model."""
+    """A new tiny UNet with the VAE, text encoders and tokenizers of the folder config.model."""
     folder = find_file(config.model)
     vae = load_part(open_part(folder / "vae", "vae"), torch.float32)
     encoders = []
@@ -135,72 +120,25 @@ def zero_residual_branches(unet: UNet):
             nn.init.zeros_(module.bias)
 
 
-def setup(pipeline: Pipeline, config: Settings) -> list[nn.Parameter]:
-    """Replace layers by LoRA layers, if asked for. Returns the parameters to train.
-
-    train.py freezes all others. Raises ParameterError for kohya's names with another model than
-    SDXL.
-    """
-    if config.lora_format == "kohya" and not pipeline.is_sdxl:
-        raise ParameterError(
-            "lora_format", "kohya's names are for SDXL's LoRAs only; leave it out for this model")
-    trained = [pipeline.unet]
-    if config.train_text:
-        trained += text_layers_in_use(pipeline)
-    if config.lora_rank:
-        params = []
-        for part in trained:
-            params += lora.inject(part, config.lora_rank, config.lora_alpha or None)
-        return params
-    if config.train_text:
-        *others, _ = pipeline.text_encoders.values()
-        trained += [encoder.text_model.embeddings for encoder in others]
-    return [param for part in trained for param in part.parameters()]
-
-
-def text_layers_in_use(pipeline: Pipeline) -> list[nn.Module]:
-    """The layers of the text encoders whose output the UNet sees.
-
-    Of all encoders but the last one that is the last layer but one; the last one's end also makes
-    the pooled vector.
-    """
-    *others, last = pipeline.text_encoders.values()
-    return [encoder.text_model.encoder.layers[:-1] for encoder in others] + [last]
+setup = choose_trained
 
 
 def data(pipeline: Pipeline, config: Settings) -> LatentData:
-    """Latents of the world's pictures, or of those of --data."""
-    pictures = training_pictures(pipeline, config)
-    encode_once = config.data and not config.train_text
-    texts = encode_captions(pipeline, pictures) if encode_once else None
-    return LatentData(pipeline, pictures, config, texts)
+    """Latents of the world's pictures, or of those of config.data."""
+    if config.data:
+        return photo_latents(pipeline, config)
+    pictures = [compose(config.seed, i) for i in range(config.scenes)]
+    return LatentData(pipeline, pictures, config)
 
 
 loss = denoising_loss
 
 
 def sample(pipeline: Pipeline, config: Settings, data: LatentData) -> Image.Image:
-    """Two pictures for each of four prompts: PROMPTS, or captions of --data."""
-    prompts = PROMPTS
-    if isinstance(data.pictures[0], Photo):
-        captions = dict.fromkeys(photo.text for photo in data.pictures)
-        prompts = list(captions)[:4]
-    pictures, labels = [], []
-    for prompt in prompts:
-        pictures += pipeline.generate(prompt, steps=20, n=2, progress=False)
-        labels += [prompt, prompt]
-    return image_grid(pictures, labels, columns=4)
+    """Two pictures for each of four prompts: PROMPTS, or captions of config.data."""
+    if config.data:
+        return sample_captions(pipeline, config, data)
+    return sample_prompts(pipeline, PROMPTS)
 
 
-def export(pipeline: Pipeline, folder: Path, config: Settings, data: LatentData):
-    """The finished model, a pipeline folder; or the LoRA alone, folder/lora.safetensors."""
-    if not config.lora_rank:
-        pipeline.save(folder, torch.float16)
-        return
-    states = {}
-    for name, network in {"unet": pipeline.unet, **pipeline.text_encoders}.items():
-        state = lora.lora_state_dict(network)
-        if state:
-            states[name] = state
-    metadata = {"trained on": Path(config.model).name, "steps": str(config.steps)}
-    save_lora(states, folder / "lora.safetensors", metadata, kohya=config.lora_format == "kohya")
+export = export_trained

@@ -20,7 +20,7 @@ from minipic.models.vae import VAE, VAEConfig
 from minipic.training.flags import option
 from minipic.training.settings import DATA, LOSS, TrainSettings
 from minipic.weights.layouts import save_part
-from minipic.world.scene import render, sample_scene
+from minipic.world.scene import Render, render, sample_scene
 
 TINY = VAEConfig(
     sample_size=64, block_out_channels=(32, 64, 128), layers_per_block=1, force_upcast=False,
@@ -82,7 +82,7 @@ def data(vae: VAE, config: Settings) -> RenderData:
     return RenderData(config)
 
 
-def vary(rendered, i: int, maps_share: float, generator: torch.Generator) -> torch.Tensor:
+def vary(rendered: Render, i: int, maps_share: float, generator: torch.Generator) -> torch.Tensor:
     """Picture i of a render, or one of its maps.
 
     Some get mixed-up colours, so that every colour can be coded.
@@ -99,7 +99,7 @@ def vary(rendered, i: int, maps_share: float, generator: torch.Generator) -> tor
     return image
 
 
-def maps_of(rendered, i: int) -> list[torch.Tensor]:
+def maps_of(rendered: Render, i: int) -> list[torch.Tensor]:
     """Depth, normals, segmentation and outlines of picture i, each [3,H,W] in [-1,1]."""
     nearness = 1 / rendered.depth[i].clamp(min=2)
     depth = (4 * nearness - 1).clamp(-1, 1).expand(3, -1, -1)
@@ -122,7 +122,8 @@ def loss(vae: VAE, batch: dict, config: Settings) -> tuple[torch.Tensor, dict]:
     noise = torch.stack(noise).to(mean)
     out = vae.decode(mean + (0.5 * logvar).exp() * noise).float()
 
-    mean, logvar = mean.float(), logvar.float()
+    mean = mean.float()
+    logvar = logvar.float()
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
     pixel = F.mse_loss(out, x)
     edge = F.l1_loss(out.diff(dim=2), x.diff(dim=2)) + F.l1_loss(out.diff(dim=3), x.diff(dim=3))

@@ -1,1 +1,1 @@
-"""The plumbing of training: settings and flags, optimizer and average, processes, checkpoints, log, own photos."""
+"""The plumbing of training: settings, flags, optimizer, processes, and the files of a run."""

@@ -4,6 +4,7 @@ Whole weights exist only while their block computes. Parts that are not trained 
 process, because `data` calls them outside of the training step.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,23 +13,27 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from minipic.common import InputError
+from minipic.common import ParameterError
 
 
 def check_fsdp():
-    """InputError where this version of PyTorch lacks what `shard` needs."""
+    """ParameterError where this version of PyTorch lacks what `shard` needs."""
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
-        raise InputError(
-            f"--fsdp needs PyTorch 2.8 or newer, and this is {torch.__version__}; "
-            "leave the flag out")
+        raise ParameterError(
+            "fsdp", f"needs PyTorch 2.8 or newer, and this is {torch.__version__}; leave it out")
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `shard` made it."""
+    return isinstance(module, FSDPModule)
 
 
 def shard(module: nn.Module) -> nn.Module:
     """Shard what is trained in a module over all processes, block by block. Returns the module."""
     for name, param in module.named_parameters():
         if param.requires_grad and param.ndim == 0:
-            raise InputError(
-                f"--fsdp cannot shard {name!r}, a single number; train this recipe without --fsdp")
+            raise ParameterError(
+                "fsdp", f"cannot shard {name!r}, a single number; train this recipe without it")
     device = next(module.parameters()).device.type
     mesh = dist.init_device_mesh(device, (dist.get_world_size(),))
     frozen = {param for param in module.parameters() if not param.requires_grad}
@@ -40,7 +45,11 @@ def shard(module: nn.Module) -> nn.Module:
 
 
 def blocks_to_shard(module: nn.Module, frozen: set) -> list[nn.Module]:
-    """The innermost entries of module lists: here each resnet and each transformer block."""
+    """What is gathered by itself: the innermost entries of module lists that train something.
+
+    In the UNet these are each resnet, each transformer block, and each convolution that changes the
+    resolution. What is outside of them is gathered with the whole module.
+    """
     blocks = []
     for parent in module.modules():
         if not isinstance(parent, nn.ModuleList):
@@ -67,7 +76,7 @@ def copy_into(target: torch.Tensor, value: torch.Tensor):
 
 
 @contextmanager
-def whole_parameters(model: nn.Module, params: dict, here: bool):
+def whole_parameters(model: nn.Module, params: dict, here: bool) -> Iterator[None]:
     """Inside, one process has whole parameters in the place of its shards.
 
     FSDP's hooks are off meanwhile, so this process can run and save the model without the others.
@@ -83,13 +92,18 @@ def whole_parameters(model: nn.Module, params: dict, here: bool):
         whole = param.full_tensor()
         if here:
             set_parameter(model, name, nn.Parameter(whole, requires_grad=False))
+    # FSDP gathers the shards in hooks. Whole weights leave nothing to gather.
     for module in sharded_modules:
-        module._forward_pre_hooks, module._forward_hooks = {}, {}
-    yield
-    for module, (before, after) in zip(sharded_modules, hooks):
-        module._forward_pre_hooks, module._forward_hooks = before, after
-    for name, param in shards.items():
-        set_parameter(model, name, param)
+        module._forward_pre_hooks = {}
+        module._forward_hooks = {}
+    try:
+        yield
+    finally:
+        for module, (before, after) in zip(sharded_modules, hooks):
+            module._forward_pre_hooks = before
+            module._forward_hooks = after
+        for name, param in shards.items():
+            set_parameter(model, name, param)
 
 
 def set_parameter(model: nn.Module, name: str, param: nn.Parameter):

@@ -1,16 +1,16 @@
 """Several processes, as torchrun starts them: PyTorch's DistributedDataParallel or FSDP."""
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from minipic.common import InputError, ParameterError
-from minipic.training.fsdp import check_fsdp, shard
+from minipic.training.fsdp import check_fsdp, is_sharded, shard
 from minipic.training.settings import TrainSettings
 
 
@@ -20,13 +20,13 @@ class Loss(nn.Module):
     batch -> (scalar, {name: value to log}).
     """
 
-    def __init__(self, model: nn.Module, loss, config: TrainSettings):
+    def __init__(self, model: nn.Module, loss: Callable, config: TrainSettings):
         super().__init__()
         self.model = model
         self.loss = loss
         self.config = config
 
-    def forward(self, batch: dict):
+    def forward(self, batch: dict) -> tuple[torch.Tensor, dict]:
         result = self.loss(self.model, batch, self.config)
         return result if isinstance(result, tuple) else (result, {})
 
@@ -43,15 +43,13 @@ def start_processes(config: TrainSettings) -> tuple[int, int, torch.device]:
     if config.fsdp:
         check_fsdp()
         if not launched:
-            raise InputError(
-                "--fsdp needs processes: start with torchrun --standalone --nproc_per_node=N "
-                "train.py ...")
+            raise ParameterError(
+                "fsdp", "needs processes; start with torchrun --standalone --nproc_per_node=N")
     parts = config.gradient_accumulation * world_size
     if config.batch % parts:
         raise ParameterError(
-            "batch", f"{config.batch} does not divide into --gradient-accumulation "
-            f"{config.gradient_accumulation} parts on {world_size} process(es); choose a "
-            f"multiple of {parts}")
+            "batch", f"{config.batch} does not divide into {config.gradient_accumulation} parts "
+            f"(gradient_accumulation) on {world_size} process(es); choose a multiple of {parts}")
     if launched and on_gpu and local_rank >= torch.cuda.device_count():
         raise InputError(
             f"torchrun: --nproc_per_node must be at most {torch.cuda.device_count()}, "
@@ -83,7 +81,7 @@ def synchronize_gradients(loss: nn.Module, on: bool):
 
     DDP reads it in forward: set it before.
     """
-    if isinstance(loss, FSDPModule):
+    if is_sharded(loss):
         loss.set_requires_gradient_sync(on)
     elif isinstance(loss, DistributedDataParallel):
         loss.require_backward_grad_sync = on
@@ -117,6 +115,16 @@ def gather_numbers(
     return table.cpu()
 
 
+def anyone(here: bool) -> bool:
+    """Whether `here` is true in any process. Every process must ask."""
+    if not dist.is_initialized():
+        return here
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    answer = torch.tensor(float(here), device=device)
+    dist.all_reduce(answer, dist.ReduceOp.MAX)
+    return answer.item() > 0
+
+
 def seed_everything(seed: int, device: torch.device):
     """Seed PyTorch's own generators.
 
@@ -130,6 +138,12 @@ def seed_everything(seed: int, device: torch.device):
 def is_main_process() -> bool:
     """Whether this process is the one that prints and writes, or the only one."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def say(line: str):
+    """Print a line, if this is the main process."""
+    if is_main_process():
+        print(line)
 
 
 def wait_for_everyone():

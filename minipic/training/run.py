@@ -1,18 +1,22 @@
-"""A training run: its state, how it is stopped, and its log."""
+"""A training run: its state, how it is stopped, what it prints, and its log."""
 
 import contextlib
 import json
 import math
 import os
 import signal
+import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from minipic.common import InputError
+from minipic.common import InputError, check_ordinary
 from minipic.training.fsdp import whole_parameters
 from minipic.training.optimizer import EMA
 from minipic.training.processes import is_main_process, sample_indices, wait_for_everyone
@@ -35,44 +39,115 @@ class Run:
 
 
 @contextlib.contextmanager
-def whole_and_averaged(run: Run):
+def whole_and_averaged(run: Run) -> Iterator[None]:
     """Inside, the model is whole, averaged and in eval mode: ready to draw and to be saved.
 
     Every process must enter. All leave together, after the first one has done its work.
     """
     run.model.eval()
     whole = whole_parameters(run.model, run.params, is_main_process())
-    with torch.no_grad(), run.ema.swapped_in(), whole:
-        yield
-        wait_for_everyone()
-    run.model.train()
+    try:
+        with torch.no_grad(), run.ema.swapped_in(), whole:
+            yield
+            wait_for_everyone()
+    finally:
+        run.model.train()
+
+
+class Stopped(BaseException):
+    """Ends what a `StopSignal` may interrupt. No `except Exception` holds it up."""
 
 
 class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the step.
+    """Turns the first SIGINT or SIGTERM into a request to stop.
 
-    `name` says which signal it was. The second kills; but a repeat within a second counts as the
-    first: torchrun passes on the Ctrl-C that the terminal sent to everyone.
+    name: which signal it was, "" before. interrupted: whether it has ended a block of `at_once`.
+    The second signal kills; but a repeat within a second counts as the first: torchrun passes on
+    the Ctrl-C that the terminal sent to everyone.
     """
 
-    def __enter__(self):
+    def __enter__(self) -> "StopSignal":
         self.name = ""
         self.time = math.inf
+        self.may_interrupt = False
+        self.interrupted = False
         self.handlers = {}
         for number in (signal.SIGINT, signal.SIGTERM):
             self.handlers[number] = signal.signal(number, self.receive)
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def receive(self, number, frame):
+    def receive(self, number: int, frame: object):
         now = time.monotonic()
         if now > self.time + 1:
             os._exit(128 + number)
         self.name = signal.Signals(number).name
         self.time = min(self.time, now)
+        if self.may_interrupt:
+            self.may_interrupt = False  # once is enough
+            self.interrupted = True
+            raise Stopped
+
+    @contextlib.contextmanager
+    def at_once(self, in_group: bool = False) -> Iterator[None]:
+        """The first signal ends this block. What it leaves half done must not matter.
+
+        in_group: also in one process of several, which leaves the others alone.
+        """
+        self.may_interrupt = in_group or not dist.is_initialized()
+        try:
+            with contextlib.suppress(Stopped):
+                yield
+        finally:
+            self.may_interrupt = False
+
+
+class Output:
+    """A stream for sys.stdout or sys.stderr; once it cannot be written any more, it is silent.
+
+    A training must not end because the terminal or the pipe has that it prints to.
+    """
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream or open(os.devnull, "w")  # Python has None for what was closed before
+
+    def write(self, text: str) -> int:
+        # A character that the terminal cannot show is escaped.
+        encoding = self.stream.encoding or "utf-8"
+        shown = text.encode(encoding, "backslashreplace").decode(encoding)
+        self.try_to(self.stream.write, shown)
+        return len(text)
+
+    def flush(self):
+        self.try_to(self.stream.flush)
+
+    def isatty(self) -> bool:
+        return not self.stream.closed and self.stream.isatty()
+
+    def try_to(self, function: Callable, *arguments: str):
+        try:
+            function(*arguments)
+        except (OSError, ValueError):  # a broken pipe, a vanished terminal; a closed file
+            self.stream = open(os.devnull, "w")
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Inside, sys.stdout and sys.stderr are an `Output`."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    try:
+        yield
+    finally:
+        for output in (sys.stdout, sys.stderr):
+            output.flush()
+        sys.stdout, sys.stderr = before
 
 
 def check_finite(
@@ -98,20 +173,24 @@ def check_finite(
         kept = f"the checkpoint of step {saved} is the last good one"
     raise InputError(
         f"the {culprit} of step {step + 1} is NaN or infinite, in samples {samples[0]} to "
-        f"{samples[-1]}; {kept}. Try a lower --lr, a longer --warmup or --precision fp32")
+        f"{samples[-1]}; {kept}. Try a lower lr, a longer warmup or fp32 as precision")
 
 
 def start_log(out: str, last_step: int) -> list[dict]:
     """The rows of OUT/log.jsonl up to a step.
 
-    Later lines, and one cut by a kill, are removed from the file.
+    Later lines, and what a kill or anyone else has left there, are removed from the file.
     """
     path = Path(out, "log.jsonl")
+    check_ordinary(path)
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        row = None
         with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    rows = [row for row in rows if row["step"] <= last_step]
+            row = json.loads(line)
+        is_row = isinstance(row, dict) and isinstance(row.get("step"), int) and "loss" in row
+        if is_row and row["step"] <= last_step:
+            rows.append(row)
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows

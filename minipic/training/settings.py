@@ -1,9 +1,8 @@
 """Settings of training: what every recipe has, and what recipes of one kind have in common."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from minipic.common import InputError, ParameterError
+from minipic.common import InputError, ParameterError, real_path
 from minipic.training.flags import option
 
 # The headings of `train.py NAME --help`.
@@ -27,7 +26,8 @@ class TrainSettings:
     lr: float = option(1e-3, "peak learning rate", group=HOW)
     warmup: int = option(100, "steps in which the learning rate rises to its peak", group=HOW)
     lr_schedule: str = option(
-        "cosine", "learning rate after the warm-up", ("constant", "cosine", "linear"), group=HOW)
+        "cosine", "learning rate after the warm-up",
+        ("constant", "cosine", "linear", "halved"), group=HOW)
     weight_decay: float = option(0.01, "AdamW's decay of matrices and kernels", group=HOW)
     max_grad_norm: float = option(
         1.0, "gradients are scaled down to this norm; 0: never", group=HOW)
@@ -39,8 +39,12 @@ class TrainSettings:
     seed: int = option(0, "seed of new weights, of the data and of the noise", group=HOW)
     out: str = option("", "run folder; runs/RECIPE if left out", group=WHERE)
     save: str = option("", "folder for the finished weights; OUT/model if left out", group=WHERE)
+    overwrite: bool = option(
+        False, "replace weights in --save that this run has not made", group=WHERE)
     resume: str = option(
         "", "go on from a checkpoint folder, or from the newest: latest", group=WHERE)
+    allow_data_change: bool = option(
+        False, "go on though files of the model or the data have changed", group=WHERE)
     save_every: int = option(500, "steps between checkpoints", group=WHERE)
     keep: int = option(2, "checkpoints to keep", group=WHERE)
     sample_every: int = option(500, "steps between sample pictures; 0: none", group=WHERE)
@@ -49,7 +53,8 @@ class TrainSettings:
     GROUPS = (DATA, LORA, LOSS, HOW, WHERE)
     MINIMUM = {
         "steps": 1, "batch": 1, "gradient_accumulation": 1, "lr": 0, "warmup": 0, "weight_decay": 0,
-        "max_grad_norm": 0, "ema": 0, "save_every": 1, "keep": 1, "sample_every": 0, "log_every": 1}
+        "max_grad_norm": 0, "ema": 0, "save_every": 1, "keep": 1, "sample_every": 0, "log_every": 1,
+        "seed": 0}
 
     def __post_init__(self):
         for name, low in self.MINIMUM.items():
@@ -69,7 +74,8 @@ class DenoisingSettings(TrainSettings):
         0, "train on pictures of this area, the side of a square in pixels; 0: the model's own",
         group=DATA)
     caption_dropout: float = option(
-        0.1, "share of captions left out, for guidance: half become zeros, half the empty prompt",
+        0.1, "share of captions left out, for guidance: half as in drawing without a negative "
+        "prompt, half as with an empty one",
         group=LOSS)
     min_snr: float = option(
         0.0, "Min-SNR weighting: its gamma, 5 in the paper; 0: none", group=LOSS)
@@ -81,7 +87,7 @@ class DenoisingSettings(TrainSettings):
 
     MINIMUM = TrainSettings.MINIMUM | {
         "resolution": 0, "min_snr": 0, "logit_normal": 0, "caption_dropout": 0}
-    train_text = False  # t2i makes it a flag
+    train_text = False  # LoraSettings make it a flag
 
     def __post_init__(self):
         super().__post_init__()
@@ -107,14 +113,40 @@ class PhotoSettings(DenoisingSettings):
     def __post_init__(self):
         super().__post_init__()
         if not self.data:
+            for name in ("caption", "bad_images"):
+                if getattr(self, name) != getattr(type(self), name):  # the default
+                    raise ParameterError(name, "needs --data; without it this does nothing")
             return
-        data = Path(self.data).resolve()
+        data = real_path(self.data)
         for name in ("out", "save"):
             folder = getattr(self, name)
-            if folder and Path(folder).resolve().is_relative_to(data):
+            if folder and real_path(folder).is_relative_to(data):
                 raise ParameterError(
                     name, f"{folder} lies in --data, so its pictures would be trained on; "
                     "choose another")
+
+
+@dataclass
+class LoraSettings(PhotoSettings):
+    """What every recipe has that trains a UNet on a folder of pictures, whole or by a LoRA."""
+
+    lora_rank: int = option(
+        0, "train a LoRA of this rank and leave the model as it is; 0: train the model", group=LORA)
+    lora_alpha: float = option(
+        0.0, "the LoRA is scaled by alpha / rank; 0: alpha is the rank", group=LORA)
+    lora_format: str = option(
+        "peft", "names in the LoRA's file: PEFT's, which diffusers reads, or kohya's",
+        ("peft", "kohya"), group=LORA)
+    train_text: bool = option(False, "train the text encoders too", group=DATA)
+
+    MINIMUM = PhotoSettings.MINIMUM | {"lora_rank": 0, "lora_alpha": 0}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora_alpha and not self.lora_rank:
+            raise ParameterError("lora_alpha", "needs --lora-rank; without it there is no LoRA")
+        if self.lora_format == "kohya" and not self.lora_rank:
+            raise ParameterError("lora_format", "needs --lora-rank; without it there is no LoRA")
 
 
 @dataclass

@@ -37,7 +37,12 @@ def direction(azimuth: float, elevation: float) -> torch.Tensor:
 def extrinsics(cameras: list[Camera]) -> torch.Tensor:
     """World-to-camera matrices [B,3,4]: a rotation (rows right, down, forward), a translation."""
     eye = torch.stack([c.distance * direction(c.azimuth, c.elevation) for c in cameras])
-    forward = F.normalize(torch.tensor([0, TARGET, 0]) - eye, dim=1)
+    return look_at(eye, torch.tensor([0, TARGET, 0]))
+
+
+def look_at(eye: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Matrices as `extrinsics` of cameras at eye [B,3] that look at target [3] and do not roll."""
+    forward = F.normalize(target - eye, dim=1)
     level = torch.zeros(len(eye))  # "right" is horizontal: the camera does not roll
     right = F.normalize(torch.stack([-forward[:, 2], level, forward[:, 0]], dim=1), dim=1)
     down = torch.linalg.cross(forward, right)

@@ -327,7 +327,9 @@ def compare(asked: Description, actual: Description) -> dict[str, tuple[int, int
     most_right = -1
     for order in permutations(range(len(candidates)), len(asked.things)):
         score = _score_of_match(asked, candidates, actual.relations, order)
-        right = sum(right for right, _ in score.values())
+        right = 0
+        for right_of_fact, _ in score.values():
+            right += right_of_fact
         if right > most_right:
             best = score
             most_right = right

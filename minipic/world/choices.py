@@ -1,5 +1,8 @@
 """Random choices with a torch.Generator, for captions, edits and tasks."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 
@@ -13,6 +16,6 @@ def between(low: float, high: float, generator: torch.Generator) -> float:
     return low + (high - low) * torch.rand((), generator=generator).item()
 
 
-def one_of(options, generator: torch.Generator):
+def one_of(options: Sequence, generator: torch.Generator) -> Any:
     """One of a sequence, each as likely as any other."""
     return options[torch.randint(len(options), (), generator=generator).item()]

@@ -1,7 +1,9 @@
 """Maps of scenes as pictures, and back: edges, depth, normals, labels and boxes.
 
 The first half takes exact maps out of a Render. The second half turns each kind of map into a
-picture [B,3,H,W] in [-1,1], and a picture, exact, drawn or predicted, back into a map.
+picture [B,3,H,W] in [-1,1], which is what the tasks give to a model or want from it. The way back,
+picture_to_..., reads what a model drew where a map was wanted (ONE-PIC and OneDiffusion draw maps
+as pictures), so that metrics.py can compare it with the truth.
 """
 
 import torch

@@ -1,4 +1,15 @@
-"""Scores of predicted pictures and maps against the world's exact truth."""
+"""Scores of predicted pictures and maps against the world's exact truth.
+
+What they are for:
+    psnr                edits, and what a VAE gives back
+    edge_f1             pictures drawn from edges, and edges read out of pictures
+    depth_errors        depth read out of pictures, as table 4 of OneDiffusion (arXiv 2411.16318)
+    mean_iou            segmentations read out of pictures
+    normal_angle        normals read out of pictures
+    camera_accuracy     cameras found from pictures, as OneDiffusion's table 5; the cameras of
+                        predicted rays are camera_from_plucker's
+A paper that turns pictures into maps is measured by these, the others by psnr and edge_f1.
+"""
 
 import torch
 import torch.nn.functional as F

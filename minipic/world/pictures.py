@@ -9,12 +9,14 @@ Nothing is stored: picture number i is a pure function of (seed, i).
 SDXL is told the original size and the crop of every picture that it trains on (arXiv 2307.01952,
 section 2.2). So that these numbers mean something, the pictures come in several KINDS.
 
-Everything that recipes train on has the same four members (Picture, PairPicture, and
+Everything that recipes train on has the same members (Picture, PairPicture, and
 training/photos.py's Photo):
     size                    (height, width) of the training picture
     size_ids                [6] original height, width; crop top, left; target height, width
     caption(generator)      a caption; it may be another one each time
     draw(pictures)          many of them -> a list of images [3,H,W] in [-1,1]
+    together                how many to draw and to encode at once
+    repeats                 how many times it counts among others
 """
 
 from collections.abc import Sequence
@@ -41,7 +43,7 @@ PANEL_SIZE = (64, 64)
 UNCUT_SIZE = (80, 80)  # of a "crop"
 SMALL_SIDES = (24, 32, 48)  # of a "small" before it is enlarged
 
-CHUNK = 64  # pairs of a task that are drawn at once
+CHUNK = 64  # pictures that are drawn at once
 
 
 # ---- single pictures ----------------------------------------------------------------------------
@@ -55,6 +57,9 @@ class Picture:
     drawn: tuple[int, int]  # (height, width) that each scene is drawn at
     size: tuple[int, int]  # (height, width) of the finished picture
     crop: tuple[int, int] = (0, 0)  # (top, left): where the finished picture is cut out
+
+    encoded_at_once = CHUNK
+    repeats = 1
 
     @property
     def size_ids(self) -> torch.Tensor:
@@ -95,7 +100,7 @@ class Picture:
         return drawing[:, top:top + height, left:left + width]
 
 
-def compose(seed, index: int) -> Picture:
+def compose(seed: int | tuple, index: int) -> Picture:
     """Picture number `index` of an endless set."""
     generator = rng(seed, "picture", index)
     kind = _random_kind(generator)
@@ -146,6 +151,9 @@ class PairPicture:
     scene: Scene | None  # what `image` shows
     mask: torch.Tensor | None  # [1,H,W], bool, of tasks that have one
 
+    encoded_at_once = CHUNK
+    repeats = 1
+
     @property
     def size(self) -> tuple[int, int]:
         return tuple(self.image.shape[1:])
@@ -165,7 +173,7 @@ class PairPicture:
         return [pair.image / 127.5 - 1 for pair in pairs]
 
 
-def task_pairs(task: str, seed, indices: Sequence[int],
+def task_pairs(task: str, seed: int | tuple, indices: Sequence[int],
                size: tuple[int, int]) -> list[PairPicture]:
     """Pairs of a task of tasks.TASKS, with these numbers. size: (height, width)."""
     pairs = []

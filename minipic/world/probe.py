@@ -58,7 +58,7 @@ class Residual(nn.Module):
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.conv1(F.relu(self.norm(x)))
         return x + self.conv2(F.relu(h))
 
@@ -157,7 +157,8 @@ def _describe(cells, setting):
     patterns = _most_likely(objects["pattern"], PATTERNS)
     things = []
     for k, share in enumerate(across.tolist()):
-        color, color2 = _colors(objects["color"][k], 1 if patterns[k] == "plain" else 2)
+        count = 1 if patterns[k] == "plain" else 2
+        color, color2 = _colors(objects["color"][k], count)
         place = _nearest_place(share)
         things.append(Thing(color, color2, shapes[k], sizes[k], patterns[k], place))
 
@@ -215,8 +216,11 @@ def accuracy(asked: list[Description], actual: list[Description]) -> dict[str, f
     scores = [compare(wanted, found) for wanted, found in zip(asked, actual, strict=True)]
     shares = {}
     for fact in (*FACTS, "whole"):
-        right = sum(score[fact][0] for score in scores)
-        total = sum(score[fact][1] for score in scores)
+        right = 0
+        total = 0
+        for score in scores:
+            right += score[fact][0]
+            total += score[fact][1]
         shares[fact] = right / total if total else float("nan")
     return shares
 

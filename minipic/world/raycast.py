@@ -123,7 +123,8 @@ def _enter_solids(bodies, body, origin, toward):
     three tensors [N] each.
     """
     pose = bodies.pose.index_select(1, body)
-    origin = _to_local(pose, *(origin[i] - pose[i] for i in range(3)))
+    from_centre = origin - pose[:3]
+    origin = _to_local(pose, *from_centre)
     toward = _to_local(pose, *toward)
     counts = torch.bincount(bodies.shape[body], minlength=len(_ENTER_FUNCTIONS)).tolist()
     parts = [torch.empty(4, 0)]  # in case there are no rays

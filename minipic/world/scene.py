@@ -10,9 +10,9 @@ World: x to the right, y up, z towards the viewer at azimuth 0; the floor is the
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,16 +47,16 @@ SKIES = {  # the colour at the horizon, and high above it
 }
 
 
-def plain(x, y, z):
+def plain(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(x, dtype=torch.bool)
 
 
-def striped(x, y, z):
+def striped(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """Level stripes, 0.525 wide."""
     return ((y + 1.05) / 0.525).floor() % 2 == 1
 
 
-def checkered(x, y, z):
+def checkered(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """Cut out of a chess board in three dimensions, whose cubes have edges of 0.7."""
     return sum(((v + 1.05) / 0.7).floor() for v in (x, y, z)) % 2 == 1
 
@@ -164,7 +164,7 @@ MAX_HIDDEN = 0.25  # the largest share of an object's box that the box of a near
 MARGIN = 0.02  # between objects and the picture's border, in units of its height
 
 
-def sample_scene(seed, index: int, objects: int | None = None, held_out: str = "never",
+def sample_scene(seed: int | tuple, index: int, objects: int | None = None, held_out: str = "never",
                  aspect: float = 1.0) -> Scene:
     """Scene number `index` of an endless set, a pure function of its arguments.
 
@@ -210,7 +210,7 @@ class _Choices:
     To draw them one by one would take as long as everything else that makes a scene.
     """
 
-    def __init__(self, generator):
+    def __init__(self, generator: torch.Generator):
         self.numbers = self._uniform(generator)
 
     @staticmethod
@@ -219,10 +219,10 @@ class _Choices:
         while True:
             yield from torch.rand(32, generator=generator).tolist()
 
-    def between(self, low, high):
+    def between(self, low: float, high: float) -> float:
         return low + (high - low) * next(self.numbers)
 
-    def one_of(self, options):
+    def one_of(self, options: Sequence) -> Any:
         return options[int(next(self.numbers) * len(options))]
 
 

@@ -18,6 +18,7 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 CUBE = 0.8  # half an edge
 CYLINDER = (0.72, 0.85)  # radius, half height
@@ -28,7 +29,7 @@ DIAMOND = (0.85, 1.05)  # half width, half height of an octahedron that stands o
 TORUS_STEPS = 24
 TORUS_TOLERANCE = 4e-3  # a ray this near to the torus after the last step has hit it
 
-Hit = tuple[torch.Tensor, tuple[torch.Tensor, ...]]  # t, normal
+Hit = tuple[Tensor, tuple[Tensor, ...]]  # t, normal
 
 
 def _nonzero(x):
@@ -43,7 +44,8 @@ def _inf_unless(hits, t):
 
 # ---- the six solids ----------------------------------------------------------------------------
 
-def sphere(ox, oy, oz, dx, dy, dz) -> Hit:
+def sphere(
+        ox: Tensor, oy: Tensor, oz: Tensor, dx: Tensor, dy: Tensor, dz: Tensor) -> Hit:
     a = dx * dx + dy * dy + dz * dz
     b = ox * dx + oy * dy + oz * dz
     c = ox * ox + oy * oy + oz * oz - 1
@@ -53,12 +55,12 @@ def sphere(ox, oy, oz, dx, dy, dz) -> Hit:
     return t, (ox + t * dx, oy + t * dy, oz + t * dz)  # the point: it is its own normal
 
 
-def cube(*ray) -> Hit:
+def cube(*ray: Tensor) -> Hit:
     w = 1 / CUBE
     return _slabs([(w, 0, 0), (0, w, 0), (0, 0, w)], *ray)
 
 
-def diamond(*ray) -> Hit:
+def diamond(*ray: Tensor) -> Hit:
     half_width, half_height = DIAMOND
     w = 1 / half_width
     h = 1 / half_height
@@ -94,7 +96,8 @@ def _slabs(planes, ox, oy, oz, dx, dy, dz):
     return _inf_unless(enter < leave, enter), normal.unbind(1)
 
 
-def cylinder(ox, oy, oz, dx, dy, dz) -> Hit:
+def cylinder(
+        ox: Tensor, oy: Tensor, oz: Tensor, dx: Tensor, dy: Tensor, dz: Tensor) -> Hit:
     radius, half = CYLINDER
     a = _nonzero(dx * dx + dz * dz)
     b = ox * dx + oz * dz
@@ -113,7 +116,8 @@ def cylinder(ox, oy, oz, dx, dy, dz) -> Hit:
     return t, (normal_x, normal_y, normal_z)
 
 
-def cone(ox, oy, oz, dx, dy, dz) -> Hit:
+def cone(
+        ox: Tensor, oy: Tensor, oz: Tensor, dx: Tensor, dy: Tensor, dz: Tensor) -> Hit:
     """The side is x^2 + z^2 = (slope * below)^2, where `below` is the depth below the tip."""
     radius, half = CONE
     slope = radius / (2 * half)
@@ -140,7 +144,8 @@ def cone(ox, oy, oz, dx, dy, dz) -> Hit:
     return t, (x / length * enters_side, normal_y, z / length * enters_side)
 
 
-def torus(ox, oy, oz, dx, dy, dz) -> Hit:
+def torus(
+        ox: Tensor, oy: Tensor, oz: Tensor, dx: Tensor, dy: Tensor, dz: Tensor) -> Hit:
     """By sphere tracing (Hart 1996): the distance to a torus is known; a step that long is safe.
 
     Only rays that meet both a sphere around the torus and the slab |z| <= tube are traced.
@@ -157,8 +162,12 @@ def torus(ox, oy, oz, dx, dy, dz) -> Hit:
     leave = torch.minimum((-b + root) / a, middle + half)
 
     traced = ((discriminant > 0) & (enter < leave)).nonzero()[:, 0]
-    ox, oy, oz = ox[traced], oy[traced], oz[traced]
-    dx, dy, dz = dx[traced], dy[traced], dz[traced]
+    ox = ox[traced]
+    oy = oy[traced]
+    oz = oz[traced]
+    dx = dx[traced]
+    dy = dy[traced]
+    dz = dz[traced]
     t = enter[traced]
     speed = a.sqrt()[traced]
     for _ in range(TORUS_STEPS):

@@ -25,7 +25,7 @@ from minipic.world.scene import COLORS, SKIES, Object, View, albedo, shade, sky
 #     phase: 0..1, shifts the ornament
 
 
-def spots(turn, height, phase):
+def spots(turn: torch.Tensor, height: torch.Tensor, phase: float) -> torch.Tensor:
     """Dots in rows, of two colours in turn, on a ground of colour 0."""
     rows = 2.6 * height + phase
     row = rows.floor()
@@ -35,22 +35,22 @@ def spots(turn, height, phase):
     return in_spot * (1 + row % 2)
 
 
-def zigzag(turn, height, phase):
+def zigzag(turn: torch.Tensor, height: torch.Tensor, phase: float) -> torch.Tensor:
     wave = (2 * _fraction(5 * turn + phase) - 1).abs()
     return (2.4 * height + wave).floor() % 3
 
 
-def spiral(turn, height, phase):
+def spiral(turn: torch.Tensor, height: torch.Tensor, phase: float) -> torch.Tensor:
     return (6 * turn + 1.8 * height + 3 * phase).floor() % 3
 
 
-def patches(turn, height, phase):
+def patches(turn: torch.Tensor, height: torch.Tensor, phase: float) -> torch.Tensor:
     around = 1.3 * (2 * math.pi * (2 * turn + phase)).sin()
     upward = 1.3 * (4 * height + 6 * phase).cos()
     return (around + upward).round() % 3
 
 
-def wedges(turn, height, phase):
+def wedges(turn: torch.Tensor, height: torch.Tensor, phase: float) -> torch.Tensor:
     return ((6 * turn + phase).floor() + 2 * (height > 0)) % 3
 
 

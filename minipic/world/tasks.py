@@ -80,7 +80,7 @@ def _captioned_scenes(seed, indices, size, held_out) -> tuple[list[Scene], Rende
 
 # ---- maps ---------------------------------------------------------------------------------------
 
-def edges(seed, indices: Sequence[int], size: Size = (64, 64),
+def edges(seed: int | tuple, indices: Sequence[int], size: Size = (64, 64),
           held_out: str = "never") -> TaskBatch:
     """Outlines and creases, white on black.
 
@@ -92,7 +92,7 @@ def edges(seed, indices: Sequence[int], size: Size = (64, 64),
     return TaskBatch(source, rendered.rgb, captions, scenes, {"edges": edge_map})
 
 
-def depth(seed, indices: Sequence[int], size: Size = (64, 64),
+def depth(seed: int | tuple, indices: Sequence[int], size: Size = (64, 64),
           held_out: str = "never") -> TaskBatch:
     """Inverse depth in grey, the sky black.
 
@@ -103,7 +103,7 @@ def depth(seed, indices: Sequence[int], size: Size = (64, 64),
     return TaskBatch(source, rendered.rgb, captions, scenes, {"depth": rendered.depth})
 
 
-def normals(seed, indices: Sequence[int], size: Size = (64, 64),
+def normals(seed: int | tuple, indices: Sequence[int], size: Size = (64, 64),
             held_out: str = "never") -> TaskBatch:
     """Normals as colours, the sky grey.
 
@@ -115,7 +115,7 @@ def normals(seed, indices: Sequence[int], size: Size = (64, 64),
     return TaskBatch(source, rendered.rgb, captions, scenes, {"normals": normal_map})
 
 
-def segmentation(seed, indices: Sequence[int], size: Size = (64, 64),
+def segmentation(seed: int | tuple, indices: Sequence[int], size: Size = (64, 64),
                  held_out: str = "never") -> TaskBatch:
     """Every surface in a colour that the prompt names: "red is the large green cube, ...".
 
@@ -132,14 +132,15 @@ def segmentation(seed, indices: Sequence[int], size: Size = (64, 64),
     return TaskBatch(source, rendered.rgb, prompts, scenes, {"labels": labels, "colors": colors})
 
 
-def boxes(seed, indices: Sequence[int], size: Size = (64, 64),
+def boxes(seed: int | tuple, indices: Sequence[int], size: Size = (64, 64),
           held_out: str = "never") -> TaskBatch:
     """Frames around the objects, on black, in colours that the prompt names.
 
     truth: boxes: for each pair [n,4], x0 y0 x1 y1 in pixels; colors: for each pair, their colours.
     """
     scenes, rendered, _ = _captioned_scenes(seed, indices, size, held_out)
-    colors, prompts = _legends([_object_names(scene) for scene in scenes], seed, indices)
+    names = [_object_names(scene) for scene in scenes]
+    colors, prompts = _legends(names, seed, indices)
     source = maps.boxes_to_picture(rendered.boxes, colors, size)
     truth = {"boxes": rendered.boxes, "colors": colors}
     return TaskBatch(source, rendered.rgb, prompts, scenes, truth)
@@ -172,7 +173,7 @@ def _legends(names, seed, indices, first=()):
 
 # ---- damaged pictures ---------------------------------------------------------------------------
 
-def blur(seed, indices: Sequence[int], size: Size = (64, 64),
+def blur(seed: int | tuple, indices: Sequence[int], size: Size = (64, 64),
          held_out: str = "never") -> TaskBatch:
     """A Gaussian blur.
 
@@ -199,7 +200,7 @@ def gaussian_blur(picture: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     return F.conv2d(padded, kernel.transpose(2, 3), groups=3)
 
 
-def small(seed, indices: Sequence[int], size: Size = (64, 64),
+def small(seed: int | tuple, indices: Sequence[int], size: Size = (64, 64),
           held_out: str = "never") -> TaskBatch:
     """A quarter of the resolution: every block of 4x4 pixels is its mean."""
     scenes, rendered, captions = _captioned_scenes(seed, indices, size, held_out)
@@ -207,7 +208,7 @@ def small(seed, indices: Sequence[int], size: Size = (64, 64),
     return TaskBatch(source, rendered.rgb, captions, scenes)
 
 
-def masked(seed, indices: Sequence[int], size: Size = (64, 64),
+def masked(seed: int | tuple, indices: Sequence[int], size: Size = (64, 64),
            held_out: str = "never") -> TaskBatch:
     """A rectangle or an ellipse around one object is black. Nothing else in any picture is.
 
@@ -233,7 +234,7 @@ def masked(seed, indices: Sequence[int], size: Size = (64, 64),
 
 # ---- edits --------------------------------------------------------------------------------------
 
-def edit(seed, indices: Sequence[int], size: Size = (64, 64), held_out: str = "never",
+def edit(seed: int | tuple, indices: Sequence[int], size: Size = (64, 64), held_out: str = "never",
          kinds: Sequence[str] = tuple(EDITS)) -> TaskBatch:
     """An instruction that changes one object: "make the cube green".
 
@@ -280,7 +281,7 @@ def _edit_builder(kind, held_out):
 CAMERA_MOVES = tuple(product((-90, -60, -30, 30, 60, 90), (-10, 0, 10)))
 
 
-def view(seed, indices: Sequence[int], size: Size = (64, 64), held_out: str = "never",
+def view(seed: int | tuple, indices: Sequence[int], size: Size = (64, 64), held_out: str = "never",
          views: int = 2) -> TaskBatch:
     """The same scene from another camera: "the camera moves 60 degrees to the left".
 
@@ -342,8 +343,10 @@ def _camera_words(old, new):
     lift = round(new.elevation - old.elevation)
     side = "right" if turn > 0 else "left"
     text = f"the camera moves {abs(turn)} degrees to the {side}"
-    if lift != 0:
-        text += f" and {abs(lift)} degrees {'up' if lift > 0 else 'down'}"
+    if lift > 0:
+        text += f" and {lift} degrees up"
+    if lift < 0:
+        text += f" and {-lift} degrees down"
     return text
 
 
@@ -365,8 +368,8 @@ def _random_ornament(generator):
     return name, phase, tuple(colors[k] for k in order)
 
 
-def subject(seed, indices: Sequence[int], size: Size = (64, 64), held_out: str = "never",
-            references: int = 1) -> TaskBatch:
+def subject(seed: int | tuple, indices: Sequence[int], size: Size = (64, 64),
+            held_out: str = "never", references: int = 1) -> TaskBatch:
     """The same distinctive object, which words cannot describe, in a new scene.
 
     references: V, how many pictures of the object alone there are. The source is the first.
@@ -444,7 +447,7 @@ HEAD_COLORS = ("yellow", "white", "cyan")
 LEG_COLORS = [color for color in COLORS if (color, "cylinder") not in HELD_OUT]
 
 
-def wear(seed, indices: Sequence[int], size: Size = (64, 64),
+def wear(seed: int | tuple, indices: Sequence[int], size: Size = (64, 64),
          held_out: str = "never") -> TaskBatch:
     """Trying on: a garment of patterned cloth, and a figure that wears it.
 
