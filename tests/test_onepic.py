@@ -14,22 +14,23 @@ import sample
 import train
 from minipic.common import InputError, ParameterError, rng
 from minipic.diffusion.schedule import Schedule
-from minipic.image import mask_to_tensor, open_picture, read_settings, resize_and_crop, to_pictures, to_tensor
+from minipic.image import (
+    mask_to_tensor, open_mask, open_picture, read_saved_settings, resize_and_crop, save_new, to_pictures, to_tensor)
 from minipic.layers import lora
-from minipic.papers import onepic
+from minipic.papers import find_adapter, onepic
 from minipic.pipeline import DrawSettings, Pipeline
-from minipic.weights import read_weights, save_lora
+from minipic.weights import read_weights, save_lora, save_weights
 from minipic.weights.files import read_header
 from minipic.world.tasks import TASKS
 from tiny import PROMPT, mask, picture
 
 TRAINED_AS = {visible: onepic.TrainedAs(visible, "two panels: another view | {text}", (64, 64))
-              for visible in ("clean", "noised")}
+              for visible in ("clean", "noised")}  # side by side
 GREY = onepic.GREY / 127.5 - 1
 
 
 def config_of(**settings) -> onepic.Settings:
-    defaults = dict(model=str(tiny.folder()), precision="fp32", scenes=6, caption_dropout=0.0)
+    defaults = dict(model=str(tiny.folder()), precision="fp32", scenes=6, caption_dropout=0.0, layout="side")
     return onepic.Settings(**(defaults | settings))
 
 
@@ -158,6 +159,7 @@ def test_the_answer_does_not_leak_into_what_is_given(monkeypatch):
     assert (one - other)[..., :16].abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_only_the_lora_learns_and_at_first_changes_no_bit():
     config = config_of()
     pipeline = onepic.build(config)
@@ -198,7 +200,7 @@ def test_batches_of_a_folder(photos, masked):
     config = config_of(data=str(photos), prompt="a sketch | {text}")
     pipeline = onepic.build(config)
     data = onepic.data(pipeline, config)
-    assert data.trained_as == onepic.TrainedAs("clean", "a sketch | {text}", (80, 48)) and len(data.examples) == 3
+    assert data.trained_as == onepic.TrainedAs("clean", "a sketch | {text}", (80, 48), "side") and len(data.examples) == 3
     drawn_rows = set()
     for step in range(6):
         batch = data.batch(step, range(3 * step, 3 * step + 3))
@@ -211,7 +213,7 @@ def test_batches_of_a_folder(photos, masked):
                               for kind in ("target", "source"))
             part = torch.ones(1, height, width)
             if masked:
-                part = mask_to_tensor(open_picture(photos / "mask" / f"{row}.png"), size)
+                part = mask_to_tensor(open_mask(photos / "mask" / f"{row}.png"), size)
             hidden = torch.where(part.bool(), GREY, target)
             left, right = mean_latent(pipeline, torch.stack([source, hidden]))
             known_left, known_right = batch["known"][k].chunk(2, dim=2)
@@ -288,10 +290,9 @@ def test_what_is_given_of_the_wanted_half_comes_out_bit_for_bit():
     assert torch.equal(found[~is_drawn], known[~is_drawn]) and 0 < is_drawn.float().mean() < 1
     assert torch.equal(inputs[-1][:2, :, :, 16:][~is_drawn], found[~is_drawn])
     black = to_pictures(-torch.ones(1, 3, 64, 64))[0]
-    whole = mean_latent(pipeline, to_tensor(wanted)[None]).expand(2, -1, -1, -1)
-    for trained_as in TRAINED_AS.values():  # nothing to draw: what is given
-        found, _ = drawn(trained_as, steps=2, image=wanted, mask=black)
-        assert torch.equal(found, whole)
+    for trained_as in TRAINED_AS.values():  # nothing to draw
+        with pytest.raises(ParameterError, match="mask: hardly anything of it is white"):
+            drawn(trained_as, steps=2, image=wanted, mask=black)
     assert not pipeline.unet._forward_pre_hooks
 
 
@@ -300,10 +301,19 @@ def test_the_source_matters_and_rows_do_not_mix():
     first, _ = drawn(trained_as)
     other, _ = drawn(trained_as, source=picture(2))
     alone, _ = drawn(trained_as, n=1, seed=1)
+    for visible in TRAINED_AS.values():
+        wrapped, _ = drawn(visible, steps=2, seed=2**64 - 1)
+        zero, _ = drawn(visible, n=1, seed=0, steps=2)
+        assert torch.allclose(wrapped[1:], zero, atol=1e-4)  # after the largest seed comes 0
     lazy, _ = drawn(trained_as, Pipeline.load(tiny.folder(), lazy=True))
     assert not torch.equal(first, other)
     assert torch.allclose(first[1:], alone, atol=1e-4)
     assert torch.equal(lazy, first)
+
+
+def test_a_source_of_another_shape_is_cut_and_that_is_said():
+    with pytest.warns(UserWarning, match="the source of 64x48 pixels has another shape than the 64x64"):
+        drawn(TRAINED_AS["clean"], steps=1, source=picture(1).resize((64, 48)))
 
 
 def test_a_network_on_disk_is_drawn_with_too():
@@ -327,6 +337,68 @@ def test_what_cannot_be_drawn_is_refused(parameter, settings, more):
     assert error.value.parameter == parameter and "--" not in str(error.value)
 
 
+# Interlaced, and several tasks -------------------------------------------------------------------
+
+def test_an_interlaced_canvas_has_what_corresponds_side_by_side():
+    given, wanted = peers.numbers((2, 4, 3, 5), 1), peers.numbers((2, 4, 3, 5), 2)
+    canvas = onepic.join(given, wanted, "interlaced")
+    assert canvas.shape == (2, 4, 3, 10)
+    assert torch.equal(canvas[..., ::2], given) and torch.equal(canvas[..., 1::2], wanted)
+    side = onepic.join(given, wanted, "side")
+    assert torch.equal(side[..., :5], given) and torch.equal(side[..., 5:], wanted)
+    for layout, whole in (("interlaced", canvas), ("side", side)):
+        assert torch.equal(onepic.wanted_half(whole, layout), wanted)
+
+
+@pytest.mark.parametrize("visible", TRAINED_AS)
+def test_an_interlaced_drawing_shows_the_unet_the_given_columns(visible):
+    trained_as = replace(TRAINED_AS[visible], layout="interlaced")
+    pipeline = tiny.model()
+    found, inputs = drawn(trained_as, seed=3)
+    z0 = mean_latent(pipeline, to_tensor(picture(1))[None])
+    noise = [torch.randn(4, 16, 32, generator=rng(3 + i, "given")) for i in (0, 1)]
+    sigmas = pipeline.schedule.grid(4).sigmas
+    for sigma, view in zip(sigmas, inputs):
+        expected = z0.expand(2, -1, -1, -1)
+        if visible == "noised":
+            expected = (z0 + sigma * torch.stack(noise)[..., ::2]) / (sigma**2 + 1) ** 0.5
+        assert torch.allclose(view[:2, :, :, ::2], expected, atol=1e-5)
+    assert found.shape == (2, 4, 16, 16)
+    other, _ = drawn(replace(trained_as, layout="side"), seed=3)
+    assert not torch.allclose(found, other, atol=1e-2)
+
+
+def test_two_tasks_share_the_scenes_and_the_prompt_tells_them_apart():
+    config = config_of(task="edges,wear", layout="interlaced", scenes=5)
+    pipeline = onepic.build(config)
+    data = onepic.data(pipeline, config)
+    assert data.trained_as.tasks == ("edges", "wear") and "{given}" in data.trained_as.prompt
+    texts = {row: caption for step in range(8) for batch in [data.batch(step, range(6 * step, 6 * step + 6))]
+             for row, caption in zip(batch["rows"], batch["captions"])}
+    edges, wear = TASKS["edges"](0, range(2)), TASKS["wear"](0, range(2, 5))
+    expected = [f"two panels: its edges | {text}" for text in edges.prompts]
+    expected += [f"two panels: the garment | {text}" for text in wear.prompts]
+    assert texts == dict(enumerate(expected))
+    masks = [mask.float().mean() for mask in data.masks]
+    assert masks[:2] == [1, 1] and all(0 < share < 0.5 for share in masks[2:])
+    worn = torch.where(wear.truth["mask"], GREY, wear.target)
+    for i, one in enumerate(mean_latent(pipeline, worn)):
+        assert (data.hidden[2 + i] - one).abs().max() < 0.05 * one.abs().max()
+
+
+def test_the_task_of_several_is_asked_for_and_changes_the_prompt(monkeypatch):
+    several = onepic.TrainedAs("clean", "two panels: {given} | {text}", (64, 64), "interlaced", ("edges", "depth"))
+    assert onepic.prompt_for(several, "a cube", "depth") == "two panels: its depth | a cube"
+    pipeline, prompts = tiny.model(), []
+    prepare = pipeline.prepare
+    monkeypatch.setattr(pipeline, "prepare", lambda settings: prompts.append(settings.prompt) or prepare(settings))
+    onepic.draw(pipeline, several, DrawSettings("a cube", steps=1), [picture(1)], "edges")
+    assert prompts == ["two panels: its edges | a cube"]
+    for task, message in ((None, "several; choose one of edges, depth"), ("edit", "not trained for 'edit'; choose")):
+        with pytest.raises(ParameterError, match=message):
+            onepic.draw(pipeline, several, DrawSettings("a cube"), [picture(1)], task)
+
+
 # The recipe and the command line ------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -344,11 +416,12 @@ def pixels(path) -> bytes:
     return open_picture(path).tobytes()
 
 
-def test_from_the_command_to_a_picture(trained, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_from_the_command_to_a_picture(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert (trained / "samples" / "step-000002.png").exists()
     file, example = trained / "model" / "lora.safetensors", trained / "model" / "example.png"
-    trained_as = onepic.TrainedAs("clean", "two panels: the picture before | {text}", (64, 64))
+    trained_as = onepic.TrainedAs("clean", "two panels: the picture before | {text}", (64, 64), "interlaced", ("edit",))
     assert onepic.read_trained_as(file) == trained_as
     assert (to_tensor(open_picture(example)) - TASKS["edit"](0, [4]).source[0]).abs().max() < 0.01
 
@@ -365,9 +438,23 @@ def test_from_the_command_to_a_picture(trained, tmp_path, monkeypatch):
     assert pixels("drawn.png") == expected.tobytes()
     assert run("--adapter", str(trained / "model"), "--n", "1", "--out", "by-folder.png") == 0
     assert pixels("by-folder.png") == expected.tobytes()
-    assert read_settings("drawn.png")["source"] == [str(example)]
+    assert read_saved_settings("drawn.png")["source"] == [str(example)]
     assert sample.main(["--from", "drawn.png", "--device", "cpu", "--out", "again.png"]) == 0
     assert pixels("again.png") == expected.tobytes()
+
+    # A picture from before there was --adapter: the first LoRA was the adapter.
+    settings_then = {**read_saved_settings("drawn.png"), "source": str(example), "lora": [str(file)]}
+    del settings_then["adapter"]
+    save_new(picture(1), "old.png", settings_then)
+    assert sample.main(["--from", "old.png", "--device", "cpu", "--out", "old again.png"]) == 0
+    assert pixels("old again.png") == expected.tobytes()
+    # Its scale is gone, which is said; a folder or a file, with or without a scale.
+    for number, (scale, is_said) in enumerate({"": False, ":1.0": False, ":0.8": True}.items()):
+        save_new(picture(1), f"scaled {number}.png", settings_then | {"lora": [f"{file}{scale}"]})
+        capsys.readouterr()
+        assert sample.main(["--from", f"scaled {number}.png", "--device", "cpu", "--out", f"drawn {number}.png"]) == 0
+        assert ("at a scale of 0.8, and an adapter has none" in capsys.readouterr().err) == is_said
+        assert pixels(f"drawn {number}.png") == expected.tobytes()
 
     pipeline.set_lora_scale(file, 0.5)
     weaker, = onepic.draw(pipeline, trained_as, settings, [open_picture(example)])
@@ -389,7 +476,7 @@ def test_training_is_kept_in_the_file(trained):
     file = trained / "model" / "lora.safetensors"
     _, metadata = read_header(file)
     assert metadata["paper"] == "onepic"
-    assert json.loads(metadata["onepic"]) == asdict(onepic.read_trained_as(file)) | {"size": [64, 64]}
+    assert json.loads(metadata["onepic"]) == asdict(onepic.read_trained_as(file)) | {"size": [64, 64], "tasks": ["edit"]}
     tensors = read_weights(file)
     assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name)
 
@@ -402,6 +489,17 @@ def untrained() -> dict:
     return {"unet": lora.lora_state_dict(pipeline.unet)}
 
 
+def test_the_help_of_an_adapter_lists_its_tasks(untrained, tmp_path, capsys):
+    trained_as = onepic.TrainedAs("clean", "{given} | {text}", (64, 64), tasks=tuple(onepic.GIVEN)[:6])
+    metadata = {"paper": "onepic", "onepic": json.dumps(asdict(trained_as))}
+    save_lora(untrained, tmp_path / "several.safetensors", metadata)
+    with pytest.raises(SystemExit):
+        sample.main(["--adapter", str(tmp_path / "several.safetensors"), "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert ("--task NAME what --adapter should do, if it can do several things: edges, depth, normals, segmentation, "
+            "boxes, blur SDXL's sizes:") in text
+
+
 DAMAGED = {  # file: the metadata of ONE-PIC, as text or as changes
     "bent": "{", "list": "[3]", "three": {"size": [64, 64, 64]}, "words": {"size": "64x64"}, "dim": {"visible": "dim"},
     "number": {"prompt": 3}, "new": {"glow": 3}, "less": "{}"}
@@ -412,11 +510,11 @@ DAMAGED = {  # file: the metadata of ONE-PIC, as text or as changes
     ("--adapter ADAPTER", "--source: this adapter draws beside one given picture, not 0"),
     ("--source p.png --source p.png --adapter ADAPTER", "--source: this adapter draws beside one given picture, not 2"),
     ("--source nowhere.png --adapter ADAPTER", "nowhere.png: no such picture"),
-    ("--source p.png --adapter ADAPTER --task edit", "--task: this adapter was trained for one task"),
+    ("--source p.png --adapter ADAPTER --task blur", "--task: invalid choice: 'blur' (choose from"),
     ("--source p.png --adapter ADAPTER --refiner REFINER", "--refiner: does not go with an adapter that draws beside"),
     ("--source p.png --adapter ADAPTER --edit p.png", "--edit: does not go with an adapter that draws beside"),
     ("--source p.png --adapter ADAPTER --image p.png", "--image: needs a mask, black where the image is given"),
-    ("--source p.png --adapter ADAPTER --mask m.png", "--mask: needs an image"),
+    ("--source p.png --adapter ADAPTER --mask m.png", "--mask: needs --image; without it this does nothing"),
     ("--source p.png --adapter ADAPTER --image flat.png --mask m.png", "--mask: has 64x64 pixels and the image 64x48"),
     ("--source p.png --adapter ADAPTER --size 60x64", "--size: 60x64: width and height must be multiples of 8"),
     ("--source p.png --adapter ADAPTER --lora ADAPTER", "is given twice"),
@@ -445,6 +543,27 @@ def test_a_wrong_flag_is_one_sentence(flags, words, trained, untrained, tmp_path
     assert sample.main([PROMPT, "--model", str(tiny.folder()), "--device", "cpu", *given]) == 2
     error = capsys.readouterr().err
     assert error.startswith("sample.py: ") and error.count("\n") == 1 and words in error
+
+
+def test_a_file_from_before_the_renames_is_found_and_drawn_with(trained, tmp_path):
+    """It says only how it was trained: its metadata has no "paper", no layout and no tasks."""
+    new, old = trained / "model" / "lora.safetensors", tmp_path / "model" / "lora.safetensors"
+    told = {"visible": "clean", "prompt": "two panels: the picture before | {text}", "size": [64, 64]}
+    save_weights(read_weights(new), old, {"onepic": json.dumps(told)})
+    save_weights({"a": torch.zeros(2)}, tmp_path / "model" / "a.safetensors")
+    pictures = []
+    for path in (old, tmp_path / "model"):
+        name, file = find_adapter(path)
+        assert (name, file) == ("onepic", old)
+        pipeline = Pipeline.load(tiny.folder())
+        trained_as = onepic.load_adapter(pipeline, file)
+        assert trained_as == onepic.TrainedAs("clean", told["prompt"], (64, 64))
+        pictures += onepic.draw(pipeline, trained_as, DrawSettings(PROMPT, steps=2), [picture(1)])
+    flags = ["--model", str(tiny.folder()), "--device", "cpu", "--steps", "2", "--dtype", "fp32", "--n", "1"]
+    picture(1).save(tmp_path / "source.png")
+    flags += ["--adapter", str(old), "--source", str(tmp_path / "source.png"), "--out", str(tmp_path / "drawn.png")]
+    assert sample.main([PROMPT, *flags]) == 0
+    assert pictures[0].tobytes() == pictures[1].tobytes() == pixels(tmp_path / "drawn.png")
 
 
 def test_another_kind_of_lora_is_named(untrained, tmp_path):
@@ -519,7 +638,11 @@ def test_a_wrong_folder_is_refused(photos, change, words, capsys):
 @pytest.mark.parametrize("flags, words", [
     ("--data here", "--data: say in the prompt what is given"),
     ("--prompt two", "--prompt: two lacks {text}"),
-    ("--task colours", "--task: invalid choice: 'colours'"),
+    ("--task colours", "--task: 'colours' is unknown; choose of edges,"),
+    ("--task edit,colours", "--task: 'colours' is unknown; choose of edges,"),
+    ("--task edit,edges --prompt {text}", "--prompt: {text} lacks {given}, which tells several tasks apart"),
+    ("--loss-on all", "--loss-on: all needs visible=noised"),
+    ("--layout woven", "--layout: invalid choice: 'woven'"),
     ("--lora-rank 0", "--lora-rank: must be at least 1"),
     ("--resolution 60", "--resolution: must be a multiple of 16"),
     ("--visible dim", "--visible: invalid choice: 'dim'"),

@@ -16,7 +16,7 @@ from PIL import Image
 
 import sample
 import train
-from minipic.image import open_picture, read_settings
+from minipic.image import open_picture, read_saved_settings
 from minipic.papers import PAPERS, find_adapter, load_paper
 from minipic.pipeline import DrawSettings
 from minipic.training.settings import TrainSettings
@@ -75,7 +75,7 @@ def export(pipeline, folder, config, data):
 def load_adapter(pipeline, path):
     return read_weights(path)["numbers"]
 
-def prompt_for(adapter, prompt):
+def prompt_for(adapter, prompt, task):
     return f"{prompt}, as a toy"
 
 def plan(pipeline, adapter, settings, sources, task, options):
@@ -84,7 +84,7 @@ def plan(pipeline, adapter, settings, sources, task, options):
 
 def draw(pipeline, adapter, settings, sources, task=None, options=DrawOptions(), on_step=lambda x, x0: None):
     settings, _ = plan(pipeline, adapter, settings, sources, task, options)
-    drawing = pipeline.prepare(replace(settings, prompt=prompt_for(adapter, settings.prompt)))
+    drawing = pipeline.prepare(replace(settings, prompt=prompt_for(adapter, settings.prompt, task)))
     for x, x0 in pipeline.denoise(drawing, with_numbers(pipeline, options.strength_of_toy * adapter)):
         on_step(x, x0)
     return pipeline.decode(x)
@@ -156,7 +156,7 @@ def test_it_trains(trained):
 
 def test_train_lists_it(capsys):
     assert train.main(["--help"]) == 0
-    assert "    toy         A toy paper: it learns one number" in capsys.readouterr().out
+    assert "    toy           A toy paper: it learns one number" in capsys.readouterr().out
 
 
 def test_its_flags_reach_draw(trained):
@@ -175,7 +175,7 @@ def test_its_flags_reach_draw(trained):
 def test_from_draws_it_again_bit_for_bit_and_given_flags_win(trained):
     flags = ["--adapter", trained / "model", "--source", "photo.png", "--strength-of-toy", "2"]
     assert run(*flags, "--n", "2", "--seed", "3", "--out", "first") == 0
-    kept = read_settings("first/grid.png")
+    kept = read_saved_settings("first/grid.png")
     assert (kept["adapter"], kept["source"], kept["strength_of_toy"]) == (str(trained / "model"), ["photo.png"], 2.0)
     assert sample.main(["--from", "first/grid.png", "--device", "cpu", "--out", "again"]) == 0
     for name in ("picture.png", "picture-0002.png", "grid.png"):
@@ -223,7 +223,7 @@ def test_its_flags_are_unknown_without_it(capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--adapter lora.safetensors", "lora.safetensors was made by none of the papers here (onepic, toy)"),
+    ("--adapter lora.safetensors", "lora.safetensors was made by none of the papers here (PAPERS)"),
     ("--adapter lora.safetensors", "give an ordinary LoRA as lora, a ControlNet as controlnet"),
     ("--adapter foreign.safetensors", "foreign.safetensors was made by none of the papers here"),
     ("--adapter empty", "empty was made by none of the papers here"),
@@ -242,6 +242,7 @@ def test_a_mistake_is_one_sentence(flags, words, trained, capsys):
     sample.save_new(picture(), "tampered.png", settings | {"strength_of_toy": "much"})
     assert run(*flags.replace("TOY", str(trained / "model")).split()) == 2
     error = capsys.readouterr().err
+    words = words.replace("PAPERS", ", ".join(PAPERS))
     assert error.startswith("sample.py: ") and error.count("\n") == 1 and words in error
     assert not Path("pictures/picture.png").exists()
 
@@ -254,15 +255,17 @@ def test_an_adapter_may_lie_among_other_files(trained, tmp_path):
 
 # The table ----------------------------------------------------------------------------------------
 
-CONTRACT = {  # function: its parameters
+RECIPE_CONTRACT = {  # function: its parameters
     "build": ["config"],
     "setup": ["model", "config"],
     "data": ["model", "config"],
     "loss": ["model", "batch", "config"],
     "sample": ["model", "config", "data"],
     "export": ["model", "folder", "config", "data"],
+}
+CONTRACT = RECIPE_CONTRACT | {
     "load_adapter": ["pipeline", "path"],
-    "prompt_for": ["adapter", "prompt"],
+    "prompt_for": ["adapter", "prompt", "task"],
     "plan": ["pipeline", "adapter", "settings", "sources", "task", "options"],
     "draw": ["pipeline", "adapter", "settings", "sources", "task", "options", "on_step"],
 }

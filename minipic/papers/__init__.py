@@ -28,16 +28,20 @@ name in the file's metadata (key "paper", see `find_adapter`) and uses
         a dataclass of the paper's own flags for drawing; it may be empty
     load_adapter(pipeline, path)
         adds what was trained to a Pipeline; returns what drawing needs to know of it
-    prompt_for(adapter, prompt)
+    tasks(path)
+        may be left out: the names that the task can have, as the flag's choices
+    prompt_for(adapter, prompt, task)
         the text that the model reads for a prompt
     plan(pipeline, adapter, settings, sources, task, options)
         checks what is asked for; returns settings with size and sampler filled in, and the
         (width, height) that the model draws for one picture
     draw(pipeline, adapter, settings, sources, task, options, on_step)
         a list of settings.n PIL pictures
+    UNCONDITIONAL
+        may be left out: whether it also draws without a prompt
 
-`settings` is a pipeline.DrawSettings, `sources` a list of PIL pictures that are given, `task` a
-name or None; `on_step(x, x0)` is called after every step. Networks may still be on the disk: a
+`settings` is a draw_settings.DrawSettings, `sources` a list of PIL pictures that are given, `task`
+a name or None; `on_step(x, x0)` is called after every step. Networks may still be on the disk: a
 `network` for Pipeline.denoise looks up `pipeline.unet` when it is called, not before.
 
 A new paper is one new file here and its name in PAPERS.
@@ -50,7 +54,13 @@ from types import ModuleType
 from minipic.common import ParameterError, find_file
 from minipic.weights.files import read_header
 
-PAPERS = {"onepic": "minipic.papers.onepic"}  # name: module
+PAPERS = {  # name: module
+    "onepic": "minipic.papers.onepic",
+    "mtu": "minipic.papers.mtu",
+    "indomain": "minipic.papers.indomain",
+    "specialist": "minipic.papers.specialist",
+    "onediffusion": "minipic.papers.onediffusion",
+}
 
 
 def load_paper(name: str) -> ModuleType:

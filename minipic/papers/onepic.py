@@ -5,13 +5,18 @@ side into one picture. The wanted half is masked, and only that is predicted. Co
 subjects and try-on then differ in their pictures alone, and the network stays as it is.
 
 Our choices:
-1. The UNet sees the given half clean, or as noisy as the rest (`visible`).
-2. The loss counts what is to be drawn, or both halves (`loss_on`).
-3. Each half is encoded by itself. Encoded together, the VAE's convolutions and attention would
+1. The two halves lie side by side, as the abstract says, or interlaced (`layout`): even columns of
+   latents are given, odd ones wanted. The canvas is as large and the network the same, but what
+   corresponds lies in one 3x3 kernel. Side by side, attention has to find it, and a base that never
+   saw two panels that belong together does not look.
+2. The UNet sees the given half clean, or as noisy as the rest (`visible`).
+3. The loss counts what is to be drawn, or both halves (`loss_on`).
+4. Each half is encoded by itself. Encoded at_once, the VAE's convolutions and attention would
    carry the answer into the half that is given.
-4. One prompt describes both halves, and the size ids are those of a picture twice as wide.
+5. One prompt describes both halves, and the size ids are those of a picture twice as wide.
+6. One LoRA learns one task or several, which the prompt names.
 
-Measured: not yet; see tests/benchmarks/RESULTS.md.
+Measured: see tests/benchmarks/RESULTS.md.
 """
 
 import json
@@ -24,12 +29,15 @@ from PIL import Image
 from torch import nn
 
 from minipic.common import CheckedConfig, InputError, ParameterError, rng
+from minipic.draw_settings import nth_seed, warn_if_cut
 from minipic.figures import image_grid
 from minipic.image import (
-    mask_to_tensor, open_picture, resize_and_crop, to_pictures, to_rgb, to_tensor)
+    mask_to_tensor, open_mask, open_picture, resize_and_crop, to_pictures, to_rgb, to_tensor)
 from minipic.latents import (
     LatentData, denoising_loss, encode_pictures, load_pipeline, read_photos, world_pairs)
+from minipic.diffusion.objectives import Objective
 from minipic.layers import lora
+from minipic.models.vae import VAE
 from minipic.pipeline import DrawSettings, Pipeline, latent_mask
 from minipic.training.flags import option
 from minipic.training.photos import Photo, match_by_stem
@@ -47,25 +55,30 @@ GIVEN = {
     "masked": "a picture with a hole", "edit": "the picture before", "view": "another view",
     "subject": "the same object", "wear": "the garment"}
 BLOCK_LAYERS = r"(down|mid|up)_block.*"  # get a LoRA; on attention alone it learns more slowly
+LAYOUTS = ("interlaced", "side")
 VISIBLE = ("clean", "noised")
 GREY = 128  # hides what is to be drawn of the wanted picture, where the rest of it is given
 
 
 @dataclass
 class Settings(PairSettings, PhotoSettings):
-    """Teach a model a task by a LoRA: given and wanted picture side by side.
+    """Teach a model one task or several by a LoRA: given and wanted picture on one canvas.
 
     The pairs are of the world or of a folder (--data).
     """
 
     task: str = option(
-        "edit", "which pairs of the world; see minipic/world/tasks.py", tuple(GIVEN), group=DATA)
+        "edit", f"which pairs of the world, or several such as edges,edit: {', '.join(GIVEN)}",
+        group=DATA)
     data: str = option(
         "", "folder with target/ (pictures with captions), source/ (what is given, of the same "
         "names) and perhaps mask/ (white where to draw); the world if left out")
     prompt: str = option(
         "two panels: {given} | {text}", "the prompt of both halves: {text} is the wanted one's, "
         "{given} the task's word for the other", group=DATA)
+    layout: str = option(
+        "interlaced", "where the halves lie: in alternate columns, or side by side", LAYOUTS,
+        group=DATA)
     visible: str = option(
         "clean", "how the UNet sees what is given: clean, or as noisy as the rest", VISIBLE,
         group=LOSS)
@@ -81,6 +94,17 @@ class Settings(PairSettings, PhotoSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        unknown = [task for task in self.tasks if task not in GIVEN]
+        if unknown:
+            raise ParameterError(
+                "task", f"{unknown[0]!r} is unknown; choose of {', '.join(GIVEN)}")
+        if len(self.tasks) > 1 and "{given}" not in self.prompt:
+            raise ParameterError(
+                "prompt", f"{self.prompt} lacks {{given}}, which tells several tasks apart")
+        if self.visible == "clean" and self.loss_on == "all":
+            raise ParameterError(
+                "loss_on", "all needs visible=noised: of a clean half the UNet cannot tell the "
+                "noise that it would have to predict")
         if "{text}" not in self.prompt:
             raise ParameterError(
                 "prompt", f"{self.prompt} lacks {{text}}, where the wanted half is described")
@@ -90,13 +114,21 @@ class Settings(PairSettings, PhotoSettings):
                 '"two panels: a sketch | {text}"')
 
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names in `task`; of a folder, which is no task of the world, none."""
+        return () if self.data else tuple(self.task.split(","))
+
+
 @dataclass(frozen=True)
 class TrainedAs(CheckedConfig):
     """How a LoRA was trained, which drawing must repeat. It is kept in the file's metadata."""
 
     visible: str
-    prompt: str
+    prompt: str  # with {text}, and with {given} where it depends on the task
     size: tuple[int, int]  # (width, height) of each half, in pixels
+    layout: str = "side"
+    tasks: tuple[str, ...] = ()
 
 
 @dataclass
@@ -108,11 +140,13 @@ class DrawOptions:
 class Example:
     """A pair to show or to train on.
 
+    task: of the world; None: the pair is of a folder.
     mask [1,H,W]: true where the wanted picture is to be drawn; None: all of it.
     """
 
     wanted: Photo | PairPicture
     given: Photo | PairPicture
+    task: str | None = None
     mask: torch.Tensor | None = None
 
 
@@ -127,7 +161,7 @@ def setup(pipeline: Pipeline, config: Settings) -> list[nn.Parameter]:
 
 
 def data(pipeline: Pipeline, config: Settings) -> "CanvasData":
-    """The pairs of a task of the world, or of --data; and four of them to show."""
+    """The pairs of tasks of the world, or of --data; and four of them to show."""
     if config.data:
         pairs = pairs_of_folder(pipeline, config)
         examples = pairs[:4]
@@ -138,11 +172,18 @@ def data(pipeline: Pipeline, config: Settings) -> "CanvasData":
 
 
 def pairs_of_world(pipeline: Pipeline, config: Settings, first: int, count: int) -> list[Example]:
-    """Pairs of a task of the world. In trying on, only the garment is to be drawn, else all."""
+    """`count` pairs, in equal shares of each task. In trying on, only the garment is to be drawn.
+
+    Pair number i has the scene number first + i.
+    """
     examples = []
-    for pair in world_pairs(config.task, pipeline, config, first, count):
-        mask = pair.mask if config.task == "wear" else None
-        examples.append(Example(pair, replace(pair, image=pair.source), mask))
+    tasks = config.tasks
+    for number, task in enumerate(tasks):
+        start = count * number // len(tasks)
+        end = count * (number + 1) // len(tasks)
+        for pair in world_pairs(task, pipeline, config, first + start, end - start):
+            mask = pair.mask if task == "wear" else None
+            examples.append(Example(pair, replace(pair, image=pair.source), task, mask))
     return examples
 
 
@@ -157,13 +198,13 @@ def pairs_of_folder(pipeline: Pipeline, config: Settings) -> list[Example]:
         width, height = open_picture(sources[i]).size
         given = replace(photo, path=sources[i], original=(height, width))
         mask = read_mask(photo, masks[i], pipeline.vae.config.factor) if masks else None
-        examples.append(Example(photo, given, mask))
+        examples.append(Example(photo, given, mask=mask))
     return examples
 
 
 def read_mask(photo: Photo, path: Path, factor: int) -> torch.Tensor:
     """The mask of a photo, cut as the photo is. InputError if it does not fit or masks nothing."""
-    mask = open_picture(path)
+    mask = open_mask(path)
     height, width = photo.original
     if mask.size != (width, height):
         raise InputError(
@@ -177,7 +218,7 @@ def read_mask(photo: Photo, path: Path, factor: int) -> torch.Tensor:
 
 
 class CanvasData(LatentData):
-    """Batches of canvases [B,4,h,2w], the given picture on the left, the wanted one on the right.
+    """Batches of canvases [B,4,h,2w], each of a given and a wanted picture, see `join`.
 
     Besides LatentData's: `known`, which the UNet sees where `mask` [B,1,h,2w] is false.
     """
@@ -186,41 +227,43 @@ class CanvasData(LatentData):
             self, pipeline: Pipeline, pairs: list[Example], examples: list[Example],
             config: Settings):
         self.examples = examples
-        prompt = config.prompt.replace("{given}", GIVEN[config.task])
-        self.trained_as = TrainedAs(config.visible, prompt, most_common_size(pairs))
-        factor = pipeline.vae.config.factor
+        prompt = config.prompt
+        if len(config.tasks) == 1:
+            prompt = prompt.replace("{given}", GIVEN[config.task])
+        self.trained_as = TrainedAs(
+            config.visible, prompt, most_common_size(pairs), config.layout, config.tasks)
 
-        given = encode_pictures(pipeline.vae, [pair.given for pair in pairs])
-        self.left = [mean for mean, _ in given]
-        if pairs[0].mask is None:
-            self.right = self.left  # all of it is masked, so anything may lie behind the mask
-            self.masks = [torch.ones(1, *mean.shape[1:]) for mean in self.left]
-        else:
-            hidden = encode_hidden(pipeline.vae, pairs)
-            self.right = [mean for mean, _ in hidden]
-            self.masks = [latent_mask(pair.mask.float(), factor)[0] for pair in pairs]
+        moments = encode_pictures(pipeline.vae, [pair.given for pair in pairs])
+        self.given = [mean for mean, _ in moments]
+        self.hidden = list(self.given)  # where all is masked, anything may lie behind the mask
+        self.masks = [torch.ones(1, *mean.shape[1:]) for mean in self.given]
+        with_mask = [i for i, pair in enumerate(pairs) if pair.mask is not None]
+        for i, (mean, _) in zip(with_mask, encode_hidden(pipeline.vae, pairs, with_mask)):
+            self.hidden[i] = mean
+            self.masks[i] = latent_mask(pairs[i].mask.float(), pipeline.vae.config.factor)[0]
 
         wanted = []
         for pair in pairs:
-            text = prompt.replace("{text}", pair.wanted.text)
+            text = prompt_for(self.trained_as, pair.wanted.text, pair.task)
             wanted.append(replace(pair.wanted, text=text))
         super().__init__(pipeline, wanted, config)
 
     def batch(self, step: int, indices: list[int]) -> dict:
         batch = super().batch(step, indices)
         rows = batch["rows"]
-        left = torch.stack([self.left[row] for row in rows]).float()
-        right = torch.stack([self.right[row] for row in rows]).float()
+        given = torch.stack([self.given[row] for row in rows]).float()
+        hidden = torch.stack([self.hidden[row] for row in rows]).float()
         mask = torch.stack([self.masks[row] for row in rows]).float()
         noise = []
         for index in indices:
             generator = rng(self.config.seed, "given", index)
-            noise.append(torch.randn(left.shape[1:], generator=generator))
+            noise.append(torch.randn(given.shape[1:], generator=generator))
         height, width = self.pictures[rows[0]].size
-        batch["x0"] = side_by_side(left, batch["x0"])
-        batch["noise"] = side_by_side(torch.stack(noise), batch["noise"])
-        batch["known"] = side_by_side(left, right)
-        batch["mask"] = side_by_side(torch.zeros_like(mask), mask).bool()
+        layout = self.config.layout
+        batch["x0"] = join(given, batch["x0"], layout)
+        batch["noise"] = join(torch.stack(noise), batch["noise"], layout)
+        batch["known"] = join(given, hidden, layout)
+        batch["mask"] = join(torch.zeros_like(mask), mask, layout).bool()
         size_ids = [height, 2 * width, 0, 0, height, 2 * width]
         batch["size_ids"] = torch.tensor([size_ids] * len(indices), dtype=torch.float32)
         return batch
@@ -233,26 +276,40 @@ def most_common_size(pairs: list[Example]) -> tuple[int, int]:
     return width, height
 
 
-def encode_hidden(vae, pairs: list[Example]) -> list[torch.Tensor]:
-    """Latents of the wanted pictures, with GREY where they are to be drawn; see encode_pictures."""
+def encode_hidden(vae: VAE, pairs: list[Example], chosen: list[int]) -> list[torch.Tensor]:
+    """Latents of chosen pairs' wanted pictures, GREY where they are to be drawn.
+
+    See encode_pictures. All are of one kind: of the world or of a folder.
+    """
     latents = []
-    chunk = 64 if isinstance(pairs[0].wanted, PairPicture) else 1  # photos may be large
-    for start in range(0, len(pairs), chunk):
+    at_once = pairs[0].wanted.encoded_at_once
+    for start in range(0, len(chosen), at_once):
         hidden = []
-        for pair in pairs[start:start + chunk]:
-            image = type(pair.wanted).draw([pair.wanted])[0]
-            image = ((image + 1) * 127.5).round().to(torch.uint8).masked_fill(pair.mask, GREY)
+        for i in chosen[start:start + at_once]:
+            image = draw_one(pairs[i].wanted)
+            image = ((image + 1) * 127.5).round().to(torch.uint8).masked_fill(pairs[i].mask, GREY)
             hidden.append(PairPicture(image, image, "", None, None))
         latents += encode_pictures(vae, hidden)
     return latents
 
 
-def side_by_side(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Two of [B,C,h,w] -> [B,C,h,2w]."""
-    return torch.cat([left, right], dim=3)
+def join(given: torch.Tensor, wanted: torch.Tensor, layout: str) -> torch.Tensor:
+    """Two halves [B,C,h,w] -> the canvas [B,C,h,2w]."""
+    if layout == "side":
+        return torch.cat([given, wanted], dim=3)
+    return torch.stack([given, wanted], dim=4).flatten(3)  # column 0 given, 1 wanted, 2 given, ...
 
 
-def network_view(x, t, known, noise, mask, visible: str, objective) -> torch.Tensor:
+def wanted_half(canvas: torch.Tensor, layout: str) -> torch.Tensor:
+    """[B,C,h,2w] -> [B,C,h,w]."""
+    if layout == "side":
+        return canvas.chunk(2, dim=3)[1]
+    return canvas[..., 1::2]
+
+
+def network_view(
+        x: torch.Tensor, t: torch.Tensor, known: torch.Tensor, noise: torch.Tensor,
+        mask: torch.Tensor, visible: str, objective: Objective) -> torch.Tensor:
     """What the UNet sees: x [B,4,h,w] where `mask` is true, elsewhere the latents `known`.
 
     visible: "clean", or "noised" with `noise`, as x is at the timesteps t, a scalar or [B].
@@ -265,7 +322,9 @@ def network_view(x, t, known, noise, mask, visible: str, objective) -> torch.Ten
 
 def loss(pipeline: Pipeline, batch: dict, config: Settings) -> torch.Tensor:
     objective = pipeline.schedule.objective
-    known, noise, mask = batch["known"], batch["noise"], batch["mask"]
+    known = batch["known"]
+    noise = batch["noise"]
+    mask = batch["mask"]
 
     def network(x, t, context, pooled, size_ids, residuals):
         x = network_view(x, t, known, noise, mask, config.visible, objective)
@@ -277,7 +336,8 @@ def loss(pipeline: Pipeline, batch: dict, config: Settings) -> torch.Tensor:
 
 def sample(pipeline: Pipeline, config: Settings, data: CanvasData) -> Image.Image:
     """Four times the given picture, what it draws beside it, and the wanted one."""
-    pictures, labels = [], []
+    pictures = []
+    labels = []
     for example in data.examples:
         pair = torch.stack([draw_one(example.given), draw_one(example.wanted)])
         given, wanted = to_pictures(pair)
@@ -290,7 +350,7 @@ def sample(pipeline: Pipeline, config: Settings, data: CanvasData) -> Image.Imag
         # The LoRA's weights are in fp32, the UNet's may be in bf16.
         in_bf16 = config.precision == "bf16"
         with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=in_bf16):
-            drawn = draw(pipeline, data.trained_as, settings, [given])[0]
+            drawn = draw(pipeline, data.trained_as, settings, [given], example.task)[0]
         pictures += [given, drawn, wanted]
         labels += ["given", example.wanted.text, "wanted"]
     return image_grid(pictures, labels, columns=3)
@@ -298,7 +358,7 @@ def sample(pipeline: Pipeline, config: Settings, data: CanvasData) -> Image.Imag
 
 def draw_one(picture: Photo | PairPicture) -> torch.Tensor:
     """The image [3,H,W] of one training picture."""
-    return type(picture).draw([picture])[0]
+    return picture.draw([picture])[0]
 
 
 def export(pipeline: Pipeline, folder: Path, config: Settings, data: CanvasData):
@@ -322,16 +382,25 @@ def read_trained_as(path: Path) -> TrainedAs:
     try:
         _, metadata = read_header(path)
         values = dict(json.loads(metadata["onepic"]))
-        return config_from_json(TrainedAs, values, {"visible": VISIBLE}, path)
+        choices = {"visible": VISIBLE, "layout": LAYOUTS}
+        return config_from_json(TrainedAs, values, choices, path)
     except (KeyError, TypeError, ValueError):
         raise InputError(
             f"{path}: its metadata does not say how it was trained; it is damaged or was not made "
             "by train.py onepic") from None
 
 
-def prompt_for(trained_as: TrainedAs, prompt: str) -> str:
+def tasks(path: Path) -> tuple[str, ...]:
+    """The tasks of the world that the LoRA of a file was trained for."""
+    return read_trained_as(path).tasks
+
+
+def prompt_for(trained_as: TrainedAs, prompt: str, task: str | None = None) -> str:
     """The prompt of both halves together."""
-    return trained_as.prompt.replace("{text}", prompt)
+    template = trained_as.prompt
+    if len(trained_as.tasks) > 1:
+        template = template.replace("{given}", GIVEN[task])
+    return template.replace("{text}", prompt)
 
 
 def plan(
@@ -342,8 +411,13 @@ def plan(
     if len(sources) != 1:
         raise ParameterError(
             "source", f"this adapter draws beside one given picture, not {len(sources)}")
-    if task is not None:
-        raise ParameterError("task", "this adapter was trained for one task; leave it out")
+    tasks = trained_as.tasks
+    if task is None and len(tasks) > 1:
+        raise ParameterError(
+            "task", f"this adapter was trained for several; choose one of {', '.join(tasks)}")
+    if task is not None and task not in tasks:
+        remedy = f"choose one of {', '.join(tasks)}" if tasks else "leave it out"
+        raise ParameterError("task", f"this adapter was not trained for {task!r}; {remedy}")
     if settings.image is not None and settings.mask is None:
         raise ParameterError("image", "needs a mask, black where the image is given")
     for name in ("refiner", "control", "edit"):
@@ -352,6 +426,7 @@ def plan(
                 name, "does not go with an adapter that draws beside a picture; leave it out")
     settings = replace(settings, size=settings.size or trained_as.size, strength=1.0)
     settings, _ = pipeline.plan(settings)
+    warn_if_cut("source", sources[0], settings.size)
     width, height = settings.size
     return settings, (2 * width, height)
 
@@ -379,15 +454,16 @@ def draw(
         image = to_tensor(resize_and_crop(settings.image, settings.size))
         wanted = torch.where(wanted_mask.bool(), wanted, image)
     given = to_tensor(resize_and_crop(to_rgb(sources[0]), settings.size))
-    left = mean_latent(pipeline, given)
-    right = mean_latent(pipeline, wanted)
-    is_drawn = latent_mask(wanted_mask, pipeline.vae.config.factor).bool().to(left.device)
+    given = mean_latent(pipeline, given)
+    hidden = mean_latent(pipeline, wanted)
+    is_drawn = latent_mask(wanted_mask, pipeline.vae.config.factor).bool().to(given.device)
 
-    known = side_by_side(left, right).expand(n, -1, -1, -1)
-    mask = side_by_side(torch.zeros_like(is_drawn), is_drawn)
+    layout = trained_as.layout
+    known = join(given, hidden, layout).expand(n, -1, -1, -1)
+    mask = join(torch.zeros_like(is_drawn), is_drawn, layout)
     noise = []
     for i in range(n):
-        generator = rng(settings.seed + i, "given")
+        generator = rng(nth_seed(settings.seed, i), "given")
         noise.append(torch.randn(known.shape[1:], generator=generator))
     noise = torch.stack(noise).to(known)
 
@@ -401,14 +477,12 @@ def draw(
     # The noise level of a "noised" half is looked up on the CPU, which no CUDA graph can record.
     graph = False if trained_as.visible == "noised" else settings.graph
     canvas_settings = replace(
-        settings, prompt=prompt_for(trained_as, settings.prompt), size=canvas_size,
+        settings, prompt=prompt_for(trained_as, settings.prompt, task), size=canvas_size,
         image=None, mask=None, graph=graph)
     drawing = pipeline.prepare(canvas_settings)
     for x, x0 in pipeline.denoise(drawing, network):
-        _, x_right = x.chunk(2, dim=3)
-        _, x0_right = x0.chunk(2, dim=3)
-        x = torch.where(is_drawn, x_right, right.to(x))
-        x0 = torch.where(is_drawn, x0_right, right.to(x0))
+        x = torch.where(is_drawn, wanted_half(x, layout), hidden.to(x))
+        x0 = torch.where(is_drawn, wanted_half(x0, layout), hidden.to(x0))
         if on_step is not None:
             on_step(x, x0)
     return pipeline.decode(x)
