@@ -1,0 +1,358 @@
+"""Makes all weights that ship, from nothing: a table of train.py commands, run in order.
+
+    python weights/make.py --plan              the commands, their samples and minutes
+    python weights/make.py --size gpu          all stages on one GPU
+    python weights/make.py vae t2i             two stages, into runs/make/cpu/model
+
+A stage is skipped when its weights are there and neither its commands nor the code that they run
+have changed since. One that was stopped goes on where it was. The weights in weights/tiny stay as
+they are until --install copies new ones over them.
+"""
+
+import argparse
+import ast
+import hashlib
+import importlib
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "benchmarks")]
+
+import quality  # noqa: E402
+import torch  # noqa: E402
+from record import machine  # noqa: E402
+
+import train  # noqa: E402
+from minipic.common import InputError  # noqa: E402
+from minipic.papers import PAPERS  # noqa: E402
+from minipic.pipeline import Pipeline  # noqa: E402
+from minipic.text import Tokenizer  # noqa: E402
+from minipic.training.flags import from_argv  # noqa: E402
+from minipic.weights.files import replacing, replacing_folder  # noqa: E402
+from minipic.weights.layouts import load_part, open_part  # noqa: E402
+from minipic.world import metrics, probe  # noqa: E402
+from minipic.world.caption import describe  # noqa: E402
+from minipic.world.scene import render, sample_scene  # noqa: E402
+
+# How much to train: on a CPU in a night, on one data-centre GPU, or as a trial in a minute.
+SIZES = {"cpu": 256, "gpu": 256, "toy": 2}  # {size: pictures for each number of a stage's quality}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some of the weights: the commands that make them, and what they are good for.
+
+    makes: the last file that the commands write, in the folder of what is being made.
+    commands: for each of SIZES, train.py's arguments, one command after the other. {model} is the
+        folder of the model that is being made, {adapters} that of its adapters.
+    measure: the folder of the model, a number of pictures -> {what: number}.
+    """
+
+    makes: str
+    commands: dict[str, tuple[str, ...]]
+    measure: Callable[[Path, int], dict[str, float]]
+
+
+# What the weights are good for --------------------------------------------------------------------
+
+@torch.no_grad()
+def judge_quality(model: Path, pictures: int) -> dict[str, float]:
+    """Shares of unseen renders, and of their shapes, that the judge reads right."""
+    scenes = [sample_scene(quality.WORLD, i) for i in range(pictures)]
+    images = render(scenes, truth=False).rgb
+    read = probe.read(probe.load_judge(model / "judge"), images)
+    shares = probe.accuracy([describe(scene) for scene in scenes], read)
+    return {"pictures": shares["whole"], "shapes": shares["shape"]}
+
+
+def text_quality(model: Path, pictures: int) -> dict[str, float]:
+    """Shares of unseen captions whose facts a linear reading finds in the text encoders' states."""
+    encoders = []
+    for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        network = load_part(open_part(model / encoder, encoder), torch.float32)
+        encoders.append((Tokenizer(model / tokenizer), network))
+    return quality.linear_reading(encoders)
+
+
+@torch.no_grad()
+def vae_quality(model: Path, pictures: int) -> dict[str, float]:
+    """The PSNR of unseen renders that go through the VAE."""
+    vae = load_part(open_part(model / "vae", "vae"), torch.float32)
+    images = render([sample_scene(quality.WORLD, i) for i in range(pictures)], truth=False).rgb
+    decoded = [vae.decode(vae.encode(part)[0]) for part in images.split(64)]
+    return {"dB": metrics.psnr(torch.cat(decoded), images)}
+
+
+def drawing_quality(model: Path, pictures: int) -> dict[str, float]:
+    """Shares of captions drawn wholly right, as tests/benchmarks/quality.py counts them."""
+    pipeline = Pipeline.load(model)
+    judge = probe.load_judge(model / "judge")
+    shares = {}
+    for name, (objects, held_out) in quality.SETS.items():
+        _, asked, prompts = quality.requests(objects, held_out, pictures)
+        images = quality.draw(pipeline, prompts, seed=0)
+        shares[name] = probe.accuracy(asked, probe.read(judge, images))["whole"]
+    return shares
+
+
+def not_measured(model: Path, pictures: int) -> dict[str, float]:
+    """Adapters are measured by tests/benchmarks/baselines.py, beside other ways to train."""
+    return {}
+
+
+# The stages, in order -----------------------------------------------------------------------------
+
+NEW_BASE = "t2i --from-nothing --model {model} --save {model} --max-grad-norm 0.5 --ema 0.999 "
+MORE_BASE = "t2i --balanced --model {model} --save {model} --batch 64 --warmup 100 --ema 0.999 "
+MORE_BASE += "--max-grad-norm 0.5 --scenes 32000 "
+PHOTOS = "--model {model} --data tutorials/photos "
+DREAMBOOTH = "dreambooth " + PHOTOS + '--caption "a sks torus" --class-prompt "a red torus" '
+DREAMBOOTH += "--lora-rank 16 --lr 2e-3 --save {adapters}/sks-torus "
+INVERSION = "inversion " + PHOTOS + '--caption "a <ring>" --word "<ring>" --num-vectors 4 '
+INVERSION += "--initializer-token torus --save {adapters}/ring "
+EDGES = "controlnet --model {model} --small --control edges --balanced --warmup 30 --lr 1e-3 "
+EDGES += "--save {adapters}/edges "
+STAGES = {
+    "judge": Stage("model/judge/model.safetensors", {
+        "cpu": ("judge --save {model} --steps 2000 --batch 64",),
+        "gpu": ("judge --save {model} --steps 6000 --batch 256 --pool 64000",),
+        "toy": ("judge --save {model} --steps 2 --batch 2 --pool 4",)}, judge_quality),
+    "clip": Stage("model/text_encoder_2/model.safetensors", {
+        "cpu": ("clip --save {model} --steps 2500 --batch 64",),
+        "gpu": ("clip --save {model} --steps 20000 --batch 256 --scenes 64000",),
+        "toy": ("clip --save {model} --steps 2 --batch 4 --scenes 8",)}, text_quality),
+    "vae": Stage("model/vae/diffusion_pytorch_model.safetensors", {
+        "cpu": ("vae --save {model} --steps 1500 --batch 16",),
+        "gpu": ("vae --save {model} --steps 20000 --batch 64",),
+        "toy": ("vae --save {model} --steps 2 --batch 2",)}, vae_quality),
+    "t2i": Stage("model/unet/diffusion_pytorch_model.safetensors", {
+        "cpu": (
+            NEW_BASE + "--batch 64 --lr 1e-3 --warmup 300 --scenes 16000 --steps 7411",
+            MORE_BASE + "--seed 1 --lr 8e-4 --steps 5000",
+            MORE_BASE + "--seed 2 --lr 8e-4 --steps 6000 --logit-normal 1.2",
+            MORE_BASE + "--seed 3 --lr 8e-4 --steps 6000 --logit-normal 1.2",
+            MORE_BASE + "--seed 4 --lr 6e-4 --steps 4000 --logit-normal 1.2"),
+        "gpu": (
+            NEW_BASE + "--balanced --logit-normal 1.2 --batch 512 --lr 2e-3 --warmup 500 "
+            "--scenes 128000 --steps 8000",),
+        "toy": (NEW_BASE + "--batch 2 --scenes 4 --steps 2",)}, drawing_quality),
+    "adapters": Stage("adapters/edges/diffusion_pytorch_model.safetensors", {
+        "cpu": (DREAMBOOTH + "--steps 200", INVERSION + "--steps 300",
+                EDGES + "--scenes 4000 --steps 1000"),
+        "gpu": (DREAMBOOTH + "--steps 200", INVERSION + "--steps 300",
+                EDGES + "--scenes 16000 --batch 128 --steps 4000"),
+        "toy": (DREAMBOOTH + "--steps 1 --batch 2 --num-class-images 1",
+                INVERSION + "--steps 1 --batch 2", EDGES + "--scenes 2 --batch 2 --steps 1")},
+        not_measured)}
+
+
+# Making them --------------------------------------------------------------------------------------
+
+def arguments(stage: Stage, size: str, work: Path) -> list[list[str]]:
+    """The commands of a stage, each split into train.py's arguments."""
+    folders = {"model": work / "model", "adapters": work / "adapters"}
+    commands = []
+    for command in stage.commands[size]:
+        commands.append([word.format(**folders) for word in shlex.split(command)])
+    return commands
+
+
+def settings_of(words: list[str]):
+    """The training settings of a command."""
+    recipe = importlib.import_module((train.RECIPES | PAPERS)[words[0]])
+    return from_argv(recipe.Settings, words[1:], f"train.py {words[0]}")
+
+
+def samples(commands: list[list[str]]) -> int:
+    """How many samples the commands train on, over all steps."""
+    return sum(config.steps * config.batch for config in map(settings_of, commands))
+
+
+def code_hash(recipe: str) -> str:
+    """A hash of the code that a recipe runs: its module and all that this imports of minipic.
+
+    Comments and spaces do not count.
+    """
+    waiting = ["train", (train.RECIPES | PAPERS)[recipe]]
+    seen = {}
+    while waiting:
+        module = waiting.pop()
+        path = ROOT / Path(*module.split("."))
+        path = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
+        if module in seen or not path.exists():
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        seen[module] = ast.unparse(tree)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minipic"):
+                waiting.append(node.module)
+                waiting += [f"{node.module}.{alias.name}" for alias in node.names]
+    text = "".join(f"{module}\n{code}\n" for module, code in sorted(seen.items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make(name: str, size: str, work: Path, processes: int):
+    """Run a stage, unless it is made already. InputError where a command fails or is stopped."""
+    stage = STAGES[name]
+    commands = arguments(stage, size, work)
+    made = {"commands": list(stage.commands[size]), "code": code_hash(commands[0][0])}
+    note = work / f"{name}.json"
+    if (work / stage.makes).exists() and is_noted(note, made):
+        print(f"{name}: made already")
+        return
+    minutes = 0.0
+    for number, words in enumerate(commands):
+        minutes += run(words, work / "runs" / f"{name}-{number}", made["code"], processes)
+    numbers = stage.measure(work / "model", SIZES[size])
+    row = {**made, "samples": samples(commands), "minutes": round(minutes, 1), "quality": numbers}
+    write_note(note, {**row, **machine()})
+    for number in range(len(commands)):
+        shutil.rmtree(work / "runs" / f"{name}-{number}")
+    print(f"{name}: {minutes:.1f} minutes, {numbers}")
+
+
+def is_noted(note: Path, made: dict) -> bool:
+    """Whether a note was written for these commands and this code."""
+    if not note.exists():
+        return False
+    noted = json.loads(note.read_text())
+    return all(noted.get(key) == value for key, value in made.items())
+
+
+def write_note(note: Path, values: dict):
+    note.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(note) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def run(words: list[str], folder: Path, code: str, processes: int) -> float:
+    """Train in a run folder, going on where it was stopped. Returns the minutes that it took.
+
+    A run that was begun with another command or other code begins anew.
+    """
+    note = folder / "run.json"
+    made = {"words": words, "code": code}
+    if not is_noted(note, made):
+        shutil.rmtree(folder, ignore_errors=True)
+        write_note(note, {**made, "minutes": 0.0, "finished": False})
+    noted = json.loads(note.read_text())
+    if noted["finished"]:
+        return noted["minutes"]
+
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [str(ROOT / "train.py"), *words, "--out", str(folder), "--sample-every", "0"]
+    command += ["--overwrite"]  # the stages fill one folder, one after the other
+    if (folder / "checkpoints").exists():
+        command += ["--resume", "latest"]
+    start = time.monotonic()
+    exit_code = run_program(command)
+    noted["minutes"] += (time.monotonic() - start) / 60
+    log = folder / "log.jsonl"
+    steps_done = json.loads(log.read_text().splitlines()[-1])["step"] if log.exists() else 0
+    noted["finished"] = exit_code == 0 and steps_done == settings_of(words).steps
+    write_note(note, noted)
+    if not noted["finished"]:
+        raise InputError(
+            f"{folder}: stopped after step {steps_done}; the same command goes on from there")
+    return noted["minutes"]
+
+
+def run_program(command: list[str]) -> int:
+    """The exit code of a program. SIGINT and SIGTERM are passed on: train.py saves, then stops."""
+    program = subprocess.Popen(command, cwd=ROOT)
+
+    def pass_on(number, frame):
+        program.send_signal(number)
+
+    handlers = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, pass_on)
+    try:
+        return program.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+# From the work folder to what ships ---------------------------------------------------------------
+
+SHIPPED = {  # in the work folder: in weights/
+    "model": "tiny",
+    "adapters/sks-torus/lora.safetensors": "adapters/sks-torus.safetensors",
+    "adapters/ring/ring.safetensors": "adapters/ring.safetensors",
+    "adapters/edges": "adapters/edges"}
+
+
+def install(work: Path, weights: Path):
+    """Copy everything that was made over what ships. InputError where a stage is missing."""
+    for name, stage in STAGES.items():
+        if not (work / f"{name}.json").exists() or not (work / stage.makes).exists():
+            raise InputError(f"{work}: {name} is not made yet; make it first")
+    for made, shipped in SHIPPED.items():
+        source, target = work / made, weights / shipped
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            with replacing_folder(target) as temporary:
+                shutil.copytree(source, temporary, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(source, target)
+    rows = {name: json.loads((work / f"{name}.json").read_text()) for name in STAGES}
+    write_note(weights / "made.json", rows)
+
+
+def print_plan(names: list[str], size: str, work: Path):
+    """The commands of the stages, their samples, and the minutes that they took last."""
+    for name in names:
+        stage = STAGES[name]
+        commands = arguments(stage, size, work)
+        note = work / f"{name}.json"
+        minutes = f"{json.loads(note.read_text())['minutes']} minutes" if note.exists() else "?"
+        print(f"{name}: {samples(commands):,} samples, last took {minutes}")
+        for words in commands:
+            print(f"    python train.py {shlex.join(words)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read the command line and make the stages. Returns the exit code, 2 if one cannot be made."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; all")
+    parser.add_argument("--size", choices=SIZES, default="cpu", help="how much to train")
+    parser.add_argument("--processes", type=int, default=1, help="for each training, by torchrun")
+    parser.add_argument("--work", type=Path, help="work folder; runs/make/SIZE if left out")
+    parser.add_argument("--plan", action="store_true", help="print what would be run, and stop")
+    parser.add_argument("--install", action="store_true", help="then replace the weights that ship")
+    parser.add_argument("--weights", type=Path, default=ROOT / "weights", help="where those are")
+    options = parser.parse_args(argv)
+    work = (options.work or Path("runs", "make", options.size)).resolve()
+    try:
+        unknown = [name for name in options.stages if name not in STAGES]
+        if unknown:
+            raise InputError(f"stage {unknown[0]!r} is unknown; choose of {', '.join(STAGES)}")
+        names = [name for name in STAGES if name in (options.stages or STAGES)]
+        if options.plan:
+            print_plan(names, options.size, work)
+            return 0
+        for name in names:
+            make(name, options.size, work, options.processes)
+        if options.install:
+            install(work, options.weights)
+        return 0
+    except InputError as error:
+        print(f"make.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
