@@ -115,9 +115,10 @@ def test_drawings_follow_their_own_picture_as_generate_does():
             assert (drawn[i] - follow).abs().mean() < 0.2 * (drawn[i] - other).abs().mean(), what
 
 
+@pytest.mark.parametrize("layout", onepic.LAYOUTS)
 @pytest.mark.parametrize("visible", ["clean", "noised"])
-def test_drawings_beside_a_picture_are_those_of_onepic(visible):
-    pipeline, trained_as = tiny.build(), onepic.TrainedAs(visible, "a sketch | {text}", (64, 64))
+def test_drawings_beside_a_picture_are_those_of_onepic(visible, layout):
+    pipeline, trained_as = tiny.build(), onepic.TrainedAs(visible, "a sketch | {text}", (64, 64), layout)
     sources = 2 * torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(1)).mul(255).round() / 255 - 1
     drawn = draw(pipeline, ["a red sphere"] * 3, 5, steps=2, batch=2, sources=sources, trained_as=trained_as)
     for i, given in enumerate(to_pictures(sources)):
@@ -132,12 +133,13 @@ def test_a_share_counts_pictures_in_which_all_the_facts_hold():
     assert cases.share([asked, asked], [asked, seen], ("color", "place")) == 1
 
 
-QUICK = ["LoRA", "ONE-PIC"]
+ONE_PIC = "ONE-PIC, interlaced, edit"
+QUICK = ["LoRA", ONE_PIC]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("names", [
-    QUICK, [*QUICK, "ControlNet, depth", "InstructPix2Pix"]], ids=len)
+    QUICK, [*QUICK, "ControlNet, depth", "InstructPix2Pix", "ONE-PIC, side, depth"]], ids=len)
 def test_a_trial_run_is_kept_and_not_repeated(judge, tmp_path, monkeypatch, capsys, names):
     flags = ["--quick", "--seeds", "1", "--model", str(TINY), "--out", str(tmp_path / "baselines.json"),
              "--runs", str(tmp_path / "runs"), "--only"]
@@ -149,15 +151,16 @@ def test_a_trial_run_is_kept_and_not_repeated(judge, tmp_path, monkeypatch, caps
         rows.setdefault(row["task"], {})[row["name"]] = row
     assert len(results) == sum(map(len, rows.values()))  # nothing is measured twice
     assert list(rows["subject"]) == ["renders", "untouched", "in words", "LoRA"]
-    lora, one_pic = rows["subject"]["LoRA"], rows["edit"]["ONE-PIC"]
+    lora, one_pic = rows["subject"]["LoRA"], rows["edit"][ONE_PIC]
     assert lora["at"].keys() == {"1", "2"} and lora["trained"] == 315392 and 0.6e6 < lora["bytes"] < 1.4e6
     assert one_pic["trained"] == 2541568 and one_pic["at"]["2"].keys() == {"changed", "kept", "edited", "PSNR"}
     if names == QUICK:
-        assert list(rows) == ["subject", "edit"] and list(rows["edit"]) == ["renders", "untouched", "ONE-PIC"]
+        assert list(rows) == ["subject", "edit"] and list(rows["edit"]) == ["renders", "untouched", ONE_PIC]
     else:
         assert list(rows) == ["subject", "control", "edit"]
-        assert list(rows["control"]) == ["renders", "untouched", "ControlNet, depth"]
-        assert list(rows["edit"]) == ["renders", "untouched", "InstructPix2Pix", "ONE-PIC"]
+        assert list(rows["control"]) == ["renders", "untouched", "ControlNet, depth", "ONE-PIC, side, depth"]
+        assert rows["control"]["ONE-PIC, side, depth"]["at"]["2"]["shuffled"] >= 0
+        assert list(rows["edit"]) == ["renders", "untouched", "InstructPix2Pix", ONE_PIC]
         controlnet, pix2pix = rows["control"]["ControlNet, depth"], rows["edit"]["InstructPix2Pix"]
         assert controlnet["trained"] > 10**6 and controlnet["seconds a step"] > 0
         assert pix2pix["trained"] == 7373700 and pix2pix["at"]["2"].keys() == one_pic["at"]["2"].keys()

@@ -1,11 +1,12 @@
-"""attention()'s backends beside PyTorch's own kernels, at SDXL's shapes. Writes attention.json beside.
+"""attention()'s backends beside PyTorch's own kernels, at SDXL's shapes. Writes attention.json beside, on a CPU with
+AMX attention-amx.json and on a GPU attention-gpu.json: what is fastest differs between the three.
 
     python tests/benchmarks/attention.py [--rounds 30]
 
 Interleaved in one process on the same inputs; the median on a GPU (events), the smallest processor time of one thread
 on a CPU, where other programs run too. On a GPU also forward and backward together; there ten calls are one CUDA graph,
 for Python takes longer to start the small ones than the GPU to run them. A kernel that gives other numbers than the
-formula in float32 is an error. Writes attention-gpu.json there.
+formula in float32 is an error.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from record import record
 from side_by_side import GPU, measure
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from minipic.common import cpu_has
 from minipic.layers.attention import attention
 
 SHAPES = {"self, 64x64 latents": (10, 4096, 4096), "self, 32x32 latents": (20, 1024, 1024),  # heads, N, M; d is 64
@@ -101,7 +103,12 @@ def main():
             for direction, rows in results[label].items():
                 print(f"{label}, {direction}: " + "  ".join(
                     f"{kind} {row['ms']:.3f} ms ({row['speed over sdpa']:.2f}x)" for kind, row in rows.items()))
-    print(record("attention-gpu" if GPU else "attention", results, rounds=options.rounds, calls=CALLS))
+    name = "attention"
+    if GPU:
+        name = "attention-gpu"
+    elif cpu_has("amx_tile"):
+        name = "attention-amx"
+    print(record(name, results, rounds=options.rounds, calls=CALLS))
 
 
 if __name__ == "__main__":

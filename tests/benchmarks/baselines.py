@@ -61,7 +61,10 @@ class Entry(NamedTuple):
 PHOTOS = " --data {photos} --warmup 20 "
 DREAMBOOTH = "dreambooth" + PHOTOS + '--caption "a sks {shape}" --class-prompt "a {color} {shape}" '
 LORA = "--lora-rank 16 --lr 1e-3"
-ONEPIC = "onepic --task edit --balanced --scenes 1000"
+ONEPIC = "onepic --balanced --scenes 1000 --lr 3e-3"
+FOUR = "onepic --balanced --scenes 4000 --lr 1e-3 --task edges,edit,depth,segmentation"
+LAYOUTS = ("interlaced", "side")
+WAYS = ("clean", "masked"), ("noised", "masked"), ("noised", "all")  # how it sees, and where its loss counts
 ENTRIES = {
     "DreamBooth, full": Entry("subject", DREAMBOOTH + "--lr 1e-4", (50, 100, 200), "model", "--num-class-images 1"),
     "DreamBooth, LoRA": Entry("subject", DREAMBOOTH + LORA, (50, 100, 200), "lora", "--num-class-images 1"),
@@ -74,10 +77,16 @@ ENTRIES = {
                                     "--warmup 30 --lr 1e-3", (100, 200, 400), "controlnet", "--scenes 4")
        for name in ("edges", "depth", "segmentation")},
     "InstructPix2Pix": Entry("edit", "edit --batch 16 --scenes 5000", (600, 1200, 2400), "model", "--scenes 4"),
-    "ONE-PIC": Entry("edit", ONEPIC, (100, 200, 400), "onepic", "--scenes 4"),
-    **{f"ONE-PIC, batch 8, {visible}, {counted}": Entry(
-        "edit", f"{ONEPIC} --batch 8 --visible {visible} --loss-on {counted}", (75, 150), "onepic", "--scenes 4")
-       for visible in ("clean", "noised") for counted in ("masked", "all")},
+    **{f"ONE-PIC, {layout}, edit": Entry(
+        "edit", f"{ONEPIC} --task edit --layout {layout}", (100, 300), "onepic", "--scenes 4") for layout in LAYOUTS},
+    **{f"ONE-PIC, {visible}, {counted}, edit": Entry(
+        "edit", f"{ONEPIC} --task edit --visible {visible} --loss-on {counted}", (100, 300), "onepic", "--scenes 4")
+       for visible, counted in WAYS[1:]},
+    **{f"ONE-PIC, {layout}, {task}": Entry(
+        "control", f"{ONEPIC} --task {task} --layout {layout}", (100, 300), "onepic", "--scenes 4")
+       for task in ("edges", "depth", "segmentation") for layout in LAYOUTS},
+    **{f"ONE-PIC, four tasks, {task}": Entry(case, FOUR, (300, 600), "onepic", "--scenes 4")
+       for task, case in (("edit", "edit"), ("edges", "control"))},
 }
 
 

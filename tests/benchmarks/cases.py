@@ -19,6 +19,7 @@ places and what is beside or behind what can only come from the map.
     layout     share of drawings in which the judge reads every shape, size, place and relation of the scene, and no
                object more (shape, size, place and relation: share of the single facts)
     text       share in which everything holds that the prompt says
+    shuffled   the edge F1 when the next scene's map is given instead: what the map does not decide (ONE-PIC only)
 "renders" are the scenes themselves (the ceiling), "untouched" the model without the map (the floor).
 
 edit: an instruction and a picture of a scene that no model was trained on. Recolour, remove, move, resize and reshape
@@ -137,11 +138,19 @@ def control(seed, number, judge, folder, steps):
     prompts = [say(looks_of(describe(scene)), rng(WORLD, "say", seed, i)) for i, scene in enumerate(scenes)]
 
     def score(pipeline, name, trained_as=None):
-        pairs_of = pairs.get(name.removeprefix("ControlNet, "))
-        hints = (pairs_of.source + 1) / 2 if pairs_of else None
+        kind = name.split(", ")[-1]  # as in "ControlNet, edges"
+        if trained_as:
+            own_maps = pairs[kind].source
+            images, others = [
+                draw(pipeline, prompts, 10**6 * seed, steps, guidance=3.0, sources=maps, trained_as=trained_as,
+                     task=kind) for maps in (own_maps, own_maps.roll(-1, dims=0))]
+            shuffled = metrics.edge_f1(own_edges(others), edges)
+            return control_scores(judge, images, edges, scenes) | {"shuffled": shuffled}
+        hints = (pairs[kind].source + 1) / 2 if kind in pairs else None
         images = draw(pipeline, prompts, 10**6 * seed, steps, hints=hints)
-        return control_scores(judge, images, edges, scenes)
-    return Case({}, control_scores(judge, pairs["edges"].target, edges, scenes), score)
+        return control_scores(judge, images, edges, scenes) | {"shuffled": None}
+    truth = control_scores(judge, pairs["edges"].target, edges, scenes) | {"shuffled": None}
+    return Case({}, truth, score)
 
 
 def placed(it, setting, key):
@@ -192,7 +201,9 @@ def edit(seed, number, judge, folder, steps):
     def score(pipeline, name, trained_as=None):
         if name == "untouched":
             return scores(pairs.source)
-        given = {"sources": pairs.source, "trained_as": trained_as} if trained_as else {"edits": pairs.source}
+        given = {"edits": pairs.source}
+        if trained_as:
+            given = {"sources": pairs.source, "trained_as": trained_as, "task": "edit"}
         return scores(draw(pipeline, pairs.prompts, 10**6 * seed, steps, guidance=3.0, **given))
     return Case({}, scores(pairs.target), score)
 

@@ -25,7 +25,7 @@ from minipic.pipeline import DrawSettings, Pipeline, SeededNoise, Stage  # noqa:
 from minipic.text import Conditioning, encode_prompts  # noqa: E402
 from minipic.world import metrics, probe  # noqa: E402
 from minipic.world.caption import Description, ask, describe, say  # noqa: E402
-from minipic.world.scene import render, sample_scene  # noqa: E402
+from minipic.world.scene import COLORS, PLACES, SHAPES, SIZES, render, sample_scene  # noqa: E402
 
 WORLD = 10**9  # the seed of the captions' scenes; training uses seeds near 0
 SETS = {"one object": (1, "any"), "one object, unseen": (1, "only"),
@@ -42,11 +42,12 @@ def requests(objects, held_out, count):
 
 @torch.no_grad()
 def draw(pipeline, prompts, seed, steps=30, guidance=5.0, image_guidance=1.5, batch=64, hints=None, edits=None,
-         sources=None, trained_as=None):
+         sources=None, trained_as=None, task=None):
     """One picture for each prompt -> [B,3,64,64]; picture i has seed + i, as `generate` would draw it.
 
     hints [B,3,64,64] in 0..1: what the ControlNet follows. edits [B,3,64,64] in -1..1: the pictures to change.
-    sources, the same: the pictures beside which a LoRA of ONE-PIC draws; trained_as: its onepic.TrainedAs.
+    sources, the same: the pictures beside which a LoRA of ONE-PIC draws; trained_as: its onepic.TrainedAs; task: which
+    of its tasks.
     """
     pipeline.to(memory_format=torch.channels_last)  # the fast order for 16 bits, see layouts.memory_format
     images = []
@@ -57,16 +58,17 @@ def draw(pipeline, prompts, seed, steps=30, guidance=5.0, image_guidance=1.5, ba
             if pictures is not None:
                 given[name] = pictures[part]
         images.append(draw_batch(
-            pipeline, prompts[part], seed + start, steps, guidance, image_guidance, trained_as=trained_as, **given))
+            pipeline, prompts[part], seed + start, steps, guidance, image_guidance, trained_as=trained_as, task=task,
+            **given))
     return torch.cat(images)
 
 
 def draw_batch(pipeline, prompts, seed, steps, guidance, image_guidance, hints=None, edits=None, sources=None,
-               trained_as=None):
+               trained_as=None, task=None):
     """The pictures of `draw` that are drawn together."""
     n, device, (width, height) = len(prompts), pipeline.device, pipeline.size
     if trained_as:
-        prompts = [onepic.prompt_for(trained_as, prompt) for prompt in prompts]
+        prompts = [onepic.prompt_for(trained_as, prompt, task) for prompt in prompts]
         width = 2 * width
     grid = pipeline.schedule.grid(steps)
 
@@ -94,24 +96,24 @@ def draw_batch(pipeline, prompts, seed, steps, guidance, image_guidance, hints=N
         for x, _ in SAMPLERS["euler"](denoise, x, grid.sigmas):
             pass
         if trained_as:
-            _, x = x.chunk(2, dim=3)
+            x = onepic.wanted_half(x, trained_as.layout)
         return pipeline.vae.decode(pipeline.vae.unscale(x)).float().clamp(-1, 1)
 
 
 def network_beside(pipeline, sources, trained_as, seed):
-    """The UNet as onepic.draw calls it: row i sees source i on the left, with onepic's noise for seed + i."""
+    """The UNet as onepic.draw calls it: row i sees source i, with onepic's noise for seed + i."""
     mean, _ = pipeline.vae.encode(sources.to(pipeline.device))
-    left = pipeline.vae.scale(mean.float())
-    known = onepic.side_by_side(left, torch.zeros_like(left))
+    given = pipeline.vae.scale(mean.float())
+    known = onepic.join(given, torch.zeros_like(given), trained_as.layout)
     noise = torch.stack([torch.randn(known.shape[1:], generator=rng(seed + i, "given")) for i in range(len(known))])
     noise = noise.to(known)
-    is_wanted = torch.arange(known.shape[3], device=known.device) >= left.shape[3]
+    is_wanted = onepic.join(torch.zeros_like(given), torch.ones_like(given), trained_as.layout).bool()
     objective = pipeline.schedule.objective
 
     def network(x, t, context, pooled, size_ids, residuals):
         branches = len(x) // len(known)  # with and without the text
-        x = onepic.network_view(x, t, known.repeat(branches, 1, 1, 1), noise.repeat(branches, 1, 1, 1), is_wanted,
-                                trained_as.visible, objective)
+        repeated = [rows.repeat(branches, 1, 1, 1) for rows in (known, noise, is_wanted)]
+        x = onepic.network_view(x, t, *repeated, trained_as.visible, objective)
         return pipeline.unet(x, t, context, pooled, size_ids, residuals)
 
     return network
@@ -152,6 +154,28 @@ def main():
 @torch.no_grad()
 def reconstruct(pipeline, images):
     return metrics.psnr(torch.cat([pipeline.vae.decode(pipeline.vae.encode(x)[0]) for x in images.split(64)]), images)
+
+
+@torch.no_grad()
+def linear_reading(encoders):
+    """{fact: share of unseen captions in which a linear reading of the text's states finds it}, the worse of the mean
+    context and the pooled vector: what the encoders leave out, no UNet can draw. encoders: as encode_prompts takes."""
+    scenes = [sample_scene(WORLD + 1, i, 1) for i in range(500)]
+    things = [describe(scene).things[0] for scene in scenes]
+    texts = [say(Description((thing,)), rng(WORLD, "say", i)) for i, thing in enumerate(things)]
+    outputs = [encode_prompts(texts[i:i + 50], encoders) for i in range(0, 500, 50)]
+    context, pooled = map(torch.cat, zip(*outputs))
+    shares = {}
+    for look, names in (("shape", SHAPES), ("place", PLACES), ("color", COLORS), ("size", SIZES)):
+        right = torch.tensor([list(names).index(getattr(thing, look)) for thing in things])
+        wanted = torch.nn.functional.one_hot(right).double()[:400]
+        found = []
+        for states in (context.mean(1), pooled):
+            x = torch.cat([states, torch.ones(500, 1)], dim=1).double()
+            fit = torch.linalg.solve(x[:400].T @ x[:400] + torch.eye(x.shape[1]), x[:400].T @ wanted)
+            found.append(((x[400:] @ fit).argmax(1) == right[400:]).double().mean().item())
+        shares[look] = min(found)
+    return shares
 
 
 def sweep(judge, pipeline, asked, prompts, rendered, **settings):

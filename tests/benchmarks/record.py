@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -15,14 +16,19 @@ def processor():
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
+def machine():
+    """What a measurement depends on besides its command: date, hardware, versions."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"date": time.strftime("%Y-%m-%d"), "cpu": processor(), "threads": torch.get_num_threads(), "gpu": gpu,
+            "python": platform.python_version(), "torch": torch.__version__}
+
+
 def record(name, results, **settings):
     """tests/benchmarks/NAME.json, or the file that a whole path without .json names: command, date, hardware, versions,
     settings (seeds among them) and results."""
     path = Path(__file__).parent / f"{name}.json"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    values = {"command": "python " + " ".join(["tests/benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
-              "date": time.strftime("%Y-%m-%d"), "cpu": processor(), "threads": torch.get_num_threads(), "gpu": gpu,
-              "python": platform.python_version(), "torch": torch.__version__, **settings, "results": results}
+    command = shlex.join(["python", "tests/benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    values = {"command": command, **machine(), **settings, "results": results}
     part = path.with_suffix(".tmp")
     part.write_text(json.dumps(values, indent=2) + "\n")
     part.replace(path)

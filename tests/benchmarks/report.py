@@ -6,6 +6,7 @@ RESULTS.md is made anew from the JSON files beside it. In README.md and minipic/
 marks such as `<!-- map -->` is made anew: the maps of the code, and the handful of numbers that README.md quotes.
 """
 
+import argparse
 import ast
 import json
 import statistics
@@ -36,6 +37,7 @@ ROOMS = {  # in the order of README's map: (zone, what it holds)
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     (HERE / "RESULTS.md").write_text(results(), encoding="utf-8")
     for path, blocks in BLOCKS.items():
         file = ROOT / path
@@ -121,7 +123,8 @@ def memory() -> list[str]:
     for case, row in found["results"].items():
         rows.append([case, f"{row['own GB']:.1f} GB", f"{row['mapped GB']:.1f} GB"])
     return [*table(["SDXL base on a CPU", "own memory", "mapped files"], rows), "",
-            "Mapped files may be dropped and read again by the system. On CPUs without bf16, weights stay in the 16 bits of "
+            "`own memory` is the peak of what the process itself fills. `mapped files` is the peak of the files that are "
+            "mapped into memory, which the system may drop and read again. On CPUs without bf16, weights stay in the 16 bits of "
             f"their file and are widened while their layer computes. Random weights; {source(found)}"]
 
 
@@ -141,7 +144,7 @@ def results() -> str:
         "# Results", "",
         "Everything here is written by `python tests/benchmarks/report.py` from the JSON files in this folder. Each "
         "holds the command, the seeds, the date, the hardware and the versions; the command makes it anew.", ""]
-    for section in (quality, loss_by_timestep, baselines, networks, attention, casting, loading, world):
+    for section in (quality, loss_by_timestep, baselines, mtu, in_domain, networks, attention, casting, loading, damage, world):
         lines += section()
     return "\n".join(lines).rstrip() + "\n"
 
@@ -190,11 +193,16 @@ def quality() -> list[str]:
         "## What the tiny model draws", "",
         "Captions of scenes that no model was trained on; \"unseen\" ones name a colour and shape that never occur "
         "together in training. The judge, a small network that reads pictures of the world, says which share of the "
-        "facts of a caption hold in the picture. `whole`: all of them, and no object more. \"renders\" are exact "
-        "pictures of the same captions, so they show the judge's own errors. Mean and spread over the seeds.", "",
+        "facts of a caption hold in the picture. Of each object: `color` (both colours of a pattern), `shape`, `size`, "
+        "`pattern` (plain, striped or checkered), `place` (left, middle or right). Of the picture: `relation` (one "
+        "object left of, right of, in front of or behind another), `floor` and `sky` their colours, `count` the number of "
+        "objects. `whole`: all that the caption says, and no object more. A cell is empty where no caption says such a "
+        "thing. \"renders\" are exact pictures of the same captions, so they show the judge's own errors. Mean over the "
+        "seeds, ± the largest value less the smallest.", "",
         *table(["captions", *facts], rows), "",
-        "Other settings, on captions with two objects. The Fréchet distance compares the judge's features of drawn "
-        "pictures with those of renders; lower is nearer.", "",
+        "Other settings, on captions with two objects. `setting`: guidance with 30 steps, or steps with guidance 5; half as "
+        "many pictures, of one seed. `whole caption` is `whole` of the table above. The Fréchet distance compares the judge's "
+        "features of drawn pictures with those of renders; lower is nearer.", "",
         *table(["setting", "whole caption", "Fréchet distance"], sweeps), "",
         f"Fréchet distance of drawn pictures to renders {drawn:.2f}, of renders to other renders {floor:.2f}. The VAE "
         f"gives renders that it never saw back with {measured['vae psnr']:.1f} dB PSNR. {found['pictures']} pictures "
@@ -210,9 +218,10 @@ def loss_by_timestep() -> list[str]:
         rows.append([t, f"{row['before']:.4f}", f"{row['now']:.4f}", f"{row['text before']:.4f}", f"{row['text now']:.4f}"])
     return [
         "## The loss at each noise level", "",
-        "Of the third and the fourth training run of the tiny UNet (weights/README.md), on pictures of two objects that "
-        "no model saw. `text`: how much the loss grows when the caption is left out, that is, how much the text says.",
-        "", *table(["timestep", "before", "after", "text before", "text after"], rows), "",
+        "Before and after the third training run of the tiny UNet (weights/README.md), on pictures of two objects that "
+        "no model saw. `timestep`: the noise level, of 1000. `before`, `after`: the mean squared error of the "
+        "prediction, weighed as by `--balanced`. `text before`, `text after`: how much that grows with the caption of "
+        "another picture, that is, how much the text says.", "", *table(["timestep", "before", "after", "text before", "text after"], rows), "",
         f"{found['pictures']} pictures. {source(found)}", ""]
 
 
@@ -223,13 +232,17 @@ def baselines() -> list[str]:
         return [*lines, "Not yet measured (`python tests/benchmarks/baselines.py`).", ""]
     lines += [
         "The recipes against the number of steps. `renders` are the truth (the ceiling), `untouched` is the model before "
-        "training. What each column counts is described at the top of `tests/benchmarks/cases.py`; in short:", "",
+        "training, `in words` the same when the prompt describes the subject. What each column counts is described at "
+        "the top of `tests/benchmarks/cases.py`; in short:", "",
         "- subject: `identity` the subject is right, `setting` what the prompt says around it, `class` other members of "
         "its class are still drawn, `leak` they look like the subject, `others` everything else is still drawn;",
-        "- control: `edge F1` of the map's edges, `layout` all shapes, sizes and places right, `text` all that the "
-        "prompt says;",
+        "- control: `edge F1` of the map's edges, `layout` all shapes, sizes, places and relations right, and `shape`, "
+        "`size`, `place`, `relation` the share of each alone, `text` all that the prompt says;",
         "- edit: `changed` what the instruction changes is right, `kept` all else is, `edited` both, PSNR to the exact "
-        "picture in dB.", ""]
+        "picture in dB;",
+        "- all: `steps` of training, `seeds` how many runs, `trained weights` their number, `file` the size of what a "
+        "user gets, `s/step` the processor time of one "
+        "training step on one thread.", ""]
     for task in dict.fromkeys(row["task"] for row in found["results"]):
         lines += [*baseline_table(task, [row for row in found["results"] if row["task"] == task]), ""]
     machines = {}
@@ -257,13 +270,78 @@ def baseline_table(task: str, rows: list[dict]) -> list[str]:
     return table([task, "steps", "seeds", *facts, "trained weights", "file", "s/step"], lines)
 
 
+def mtu() -> list[str]:
+    found = read("mtu")
+    if found is None:
+        return []
+    columns = {  # column: where its number is in the scores
+        "one object": ("t2i", "one object"), "two objects": ("t2i", "two objects"),
+        "changed": ("edit", "changed"), "kept": ("edit", "kept"), "edit PSNR": ("edit", "PSNR"),
+        "sr PSNR": ("sr", "PSNR"), "inpaint PSNR": ("inpaint", "PSNR"), "hole PSNR": ("inpaint", "PSNR in the hole")}
+    scored = [row for row in found["results"] if "scores" in row]
+    _, pictures, steps = scored[0]["made"]["size"]
+    rows = []
+    for name in dict.fromkeys(row["name"] for row in scored):
+        seeds = [row for row in scored if row["name"] == name]
+        cells = []
+        for task, fact in columns.values():
+            cells.append(cell([row["scores"].get(task, {}).get(fact) for row in seeds]))
+        trained = f"{seeds[0]['trained']:,}" if "trained" in seeds[0] else ""
+        rows.append([name, len(seeds), *cells, trained])
+    return [
+        "## MTU", "",
+        "One model for four tasks. `one object` and `two objects`: captions drawn wholly right; `changed` and `kept`: what "
+        "an edit is asked to change, and all else, is right; `edit PSNR`, `sr PSNR`, `inpaint PSNR` and `hole PSNR` (in the "
+        "hole alone): dB to the exact picture; `trained weights`: their number. \"untouched\" is the model before training, "
+        "which hands back the given picture, enlarged or with its hole; N is the number of experts, \"scale 1\" the paper to "
+        "the letter.", "",
+        *table(["mtu", "seeds", *columns, "trained weights"], rows), "",
+        f"{pictures} drawings of {steps} steps per cell and seed, mean and spread. {source(found)}", ""]
+
+
+def in_domain() -> list[str]:
+    found = read("indomain")
+    if found is None:
+        return []
+    facts = ("whole", "frechet", "style", "diversity", "drift", "forgotten")
+    applied = ("style", "changed", "kept", "layout", "text", "edge F1", "whole")
+    rows, uses = [], []
+    for name in dict.fromkeys(row["entry"] for row in found["results"]):
+        seeds = [row for row in found["results"] if row["entry"] == name]
+        for steps, ways in seeds[0]["at"].items():
+            for way in ways:
+                scores = [row["at"][steps][way] for row in seeds]
+                if way in ("edit", "translation", "object"):
+                    uses.append([way, len(seeds), *(cell([score.get(fact) for score in scores]) for fact in applied)])
+                    continue
+                cells = [cell([score.get(fact) for score in scores]) for fact in facts]
+                rows.append([name, "" if steps == "0" else steps, way, len(seeds), *cells])
+    first = found["results"][0]
+    return [
+        "## In-domain generation", "",
+        "A domain (mosaics) that no base model saw, learned from pictures without captions, against the ordinary ways. "
+        "`steps`: of training; `weights`: of the predictions, or the guidance; `seeds`: runs. `application`: what the "
+        "domain is used for; `changed`, `kept`, `layout`, `text` and `edge F1` as in the baselines. "
+        "`whole`: everything that the caption says is read in the drawing; `frechet` and `style`: distances to true "
+        "mosaics of other scenes; `diversity`: distance of two drawings of one caption; `drift`: how far the prediction "
+        "for the null text has moved; `forgotten`: 1 - cosine of the guidance and the base model's. \"renders\" are true "
+        "mosaics of the captions.", "", *table(["", "steps", "weights", "seeds", *facts], rows), "",
+        "The applications of the trained domain: an edit of a mosaic, a picture from a map of edges, an object of voxels. "
+        "Each column is explained at the top of `tests/benchmarks/indomain.py`.", "",
+        *table(["application", "seeds", *applied], uses), "",
+        f"{first['pictures']} drawings of {first['steps']} steps per cell and seed, mean and spread. {source(found)}", ""]
+
+
 def networks() -> list[str]:
     lines = [
         "## Whole networks beside diffusers", "",
-        "Processor time of one thread on a CPU, time on a GPU. `speed`: diffusers' time over this row's. `GEMM rate`: "
-        "the share of the speed of one large matrix product, measured in the same run, that the network reaches. "
-        "\"minipic graph\" is what sample.py does on a GPU, \"triton attention\" has minipic's flash attention in place "
-        "of PyTorch's.", ""]
+        "`network`: the program in this folder, the model (tiny or SDXL in full size), the side of the picture in pixels, "
+        "the type of the numbers, and what computes. `ms`: milliseconds for one call, processor time of one thread on a "
+        "CPU, time on a GPU. `speed`: diffusers' time over this row's. `GEMM rate`: the share of the speed of one large "
+        "matrix product, measured in the same run, that the network reaches. `peak memory`: the most that a training step "
+        "held, of the whole process on a CPU; empty where it was not measured. \"minipic graph\" is what sample.py does on "
+        "a GPU, \"plain norms\" has PyTorch's norms in place of minipic's kernels, \"flash attention\" minipic's flash "
+        "attention in place of PyTorch's.", ""]
     rows, sources = [], []
     for name in ("unet_step", "unet_step-gpu", "vae", "train_step", "picture"):
         found = read(name)
@@ -280,9 +358,21 @@ def networks() -> list[str]:
             "Not yet measured on a GPU: diffusers compiled, and the programs without a row. " + " ".join(sources), ""]
 
 
+ATTENTION = {  # column: what it is
+    "sdpa": "`sdpa`: PyTorch's `scaled_dot_product_attention`, with its own choice of kernel.",
+    "sdpa flash": "`sdpa flash`, `sdpa cudnn`, `sdpa efficient`: its single kernels.",
+    "flex": "`flex`: PyTorch's compiled `flex_attention`.",
+    "minipic naive": "`minipic naive`: the formula.",
+    "minipic chunked": "`minipic chunked`: the formula for a few heads and queries at a time.",
+    "minipic flash": "`minipic flash`: flash attention in Triton.",
+}
+
+
 def attention() -> list[str]:
     lines = ["## Attention", ""]
-    for name, unit in (("attention", "a CPU"), ("attention-gpu", "a GPU")):
+    machines = {
+        "attention": "a CPU without AMX", "attention-amx": "a CPU with AMX", "attention-gpu": "a GPU"}
+    for name, machine in machines.items():
         found = read(name)
         if found is None:
             continue
@@ -296,8 +386,12 @@ def attention() -> list[str]:
             rows.append([case, *(f"{row[way]['ms']:.3f}" if way in row else "" for way in ways)])
         calls = "" if "calls" in found or not found["gpu"] else (
             "Each call by itself, with the time that Python takes to start it. ")
-        lines += [f"Milliseconds on {unit}; `sdpa` is PyTorch's choice of kernel, the others are its single kernels and "
-                  "minipic's.", "", *table(["attention", *ways], rows), "", calls + source(found), ""]
+        unit = "Milliseconds" if found["gpu"] else "Milliseconds of processor time of one thread"
+        explained = [ATTENTION[way] for way in ways if way in ATTENTION]
+        if "minipic chunked" not in ways:
+            explained.append("Not yet measured here: `minipic chunked`.")
+        lines += [f"{unit} on {machine}, for attention of SDXL's shapes: in an image to itself or to the text. "
+                  + " ".join(explained), "", *table(["attention", *ways], rows), "", calls + source(found), ""]
     return lines
 
 
@@ -312,9 +406,11 @@ def casting() -> list[str]:
                      f"{row['own GB']:.1f} GB", f"{row['mapped GB']:.1f} GB", error])
     return [
         "## SDXL's UNet on a CPU without bf16", "",
-        "One row of text at 256x256, random weights, from a file in 16 bits. Processor time of one thread; the peaks of "
-        "the memory of its own and of the mapped file, which need not come together. `error`: the largest difference to "
-        "the first row over its largest number.", "",
+        "One row of text at 256x256, random weights, from a file in 16 bits. `way to compute`: whose network, and the "
+        "type it computes in; \"layerwise casting\" and \"cast\" keep weights in 16 bits and widen them for each layer. "
+        "`load and first step`, `a step`: processor time of one thread. `own memory`: the peak of what the process "
+        "itself fills; `mapped file`: the peak of the file's pages in memory, which the system may drop. The two peaks "
+        "need not come together. `error`: the largest difference to the first row over its largest number.", "",
         *table(["way to compute", "load and first step", "a step", "own memory", "mapped file", "error"], rows), "",
         source(found), ""]
 
@@ -328,9 +424,30 @@ def loading() -> list[str]:
             rows.append([f"{layout}, {case}", f"{row['ratio']:.2f}", f"{row['beyond_weights'] / 1e9:.2f} GB"])
     return [
         "## Loading SDXL base, 6.94 GB in 16 bits", "",
-        "`time`: over safetensors' `load_file` and one copy, or one conversion, of each tensor. `memory`: beyond the "
-        "weights. Random weights in the official layouts.", "",
+        "`layout`: a diffusers folder or a single file, read as it is or converted to bf16. `time`: over safetensors' "
+        "`load_file` and one copy, or one conversion, of each tensor; less than 1 is faster. `memory`: the peak of the "
+        "process less the size of the weights; a mapped file counts as far as it was read. Random weights in the "
+        "official layouts.", "",
         *table(["layout", "time", "memory"], rows), "", source(found), ""]
+
+
+def damage() -> list[str]:
+    found = read("fuzz")
+    if found is None:
+        return []
+    outcomes = ("refused", "same values", "other values", "failed")
+    rows = []
+    for kind, counts in found["results"].items():
+        rows.append([kind, *(counts.get(outcome, 0) for outcome in outcomes), f"{counts['slowest s']:.2f} s"])
+    return [
+        "## Damaged files", "",
+        "Files of each kind of file, damaged at random: cut, bytes changed, added and taken out, hostile values in JSON, "
+        "faults of structure in safetensors. `refused`: in one clear sentence that names the file. `same values`: the "
+        "damage changes nothing. `other values`: what is left is a good file, and only a hash can tell; checkpoints have "
+        "one, and weights/download.py compares those of official files. `failed`: any other error, a fault of structure "
+        "accepted, or more than five seconds. `slowest`: processor time.", "",
+        *table(["kind of file", *outcomes, "slowest"], rows), "",
+        f"Memory grew by {found['memory grown MB']} MB over {found['n']} damaged files of each kind. {source(found)}", ""]
 
 
 def world() -> list[str]:

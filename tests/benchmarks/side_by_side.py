@@ -81,8 +81,9 @@ def options(doc, cases, rounds=30 if GPU else 5, **more):
     parser.add_argument("cases", nargs="*", type=Case.read, default=[Case.read(case) for case in cases.split()])
     for name, default in ({"rounds": rounds} | (more or {"batch": 2 if GPU else 1})).items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    chosen = parser.parse_args()
     torch.set_num_threads(1)
-    return parser.parse_args()
+    return chosen
 
 
 def peer_of(model):
@@ -114,7 +115,7 @@ def with_kernels(work, norms="triton", attend="flash"):
         return attend if attend and q.shape[-1] in (32, 64, 128) else default(q, k)
 
     def run():
-        with (mock.patch.object(norm_backend, "choose_backend", lambda x: norms),
+        with (mock.patch.object(norm_backend, "choose_norm_backend", lambda x: norms),
               mock.patch.object(attention, "choose_backend", choose_attention)):
             return work()
     return run

@@ -57,7 +57,7 @@ def run(case: Case, batch, rounds):
                                                             added_cond_kwargs=added).sample, target),
              "minipic": trainer(unet, lambda model: model(**given), target)}
     if GPU:
-        works["minipic triton"] = with_kernels(works["minipic"], norms="plain")  # flash attention
+        works["minipic, flash attention"] = with_kernels(works["minipic"], norms="plain")
     losses = {name: work().item() for name, work in works.items()}  # before anything is learnt
     assert abs(losses["minipic"] / losses["diffusers"] - 1) < (1e-4 if case.kind == "fp32" else 2e-2), losses
 

@@ -31,7 +31,7 @@ def run(case: Case, batch, rounds, max_autotune=True):
             works["diffusers compiled"] = lambda: fast(x, t, given["context"], added_cond_kwargs=added).sample
         works["minipic graph"] = graphed(works["minipic"])
         works["minipic graph, plain norms"] = graphed(with_kernels(works["minipic"], "plain", None))
-        works["minipic graph, triton attention"] = graphed(with_kernels(works["minipic"]))
+        works["minipic graph, flash attention"] = graphed(with_kernels(works["minipic"]))
     agree(works, 1e-4 if case.kind == "fp32" else 5e-2)
     count = flops(unet, lambda meta: meta(x.to("meta"), t.to("meta"), given["context"].to("meta"),
                                           *(value.to("meta") for value in rest)))

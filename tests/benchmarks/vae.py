@@ -30,7 +30,7 @@ def run(case: Case, batch, rounds):
         works["decode"]["diffusers compiled"] = lambda: fast.decode(z).sample
         works["encode"]["diffusers compiled"] = lambda: fast.encode(image).latent_dist.mean
         for each in works.values():
-            each["minipic triton"] = with_kernels(each["minipic"], attend=None)
+            each["minipic, fused norms"] = with_kernels(each["minipic"], attend=None)
             each["minipic graph"] = graphed(each["minipic"])
     rows = {}
     for name, each in works.items():

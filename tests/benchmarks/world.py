@@ -3,6 +3,7 @@
     python tests/benchmarks/world.py
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ def rate(work):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     scenes = [sample_scene(0, i) for i in range(COUNT)]
     results = {

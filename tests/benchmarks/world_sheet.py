@@ -4,6 +4,7 @@ of captioned pictures that show a colour the world lacks, for a model to learn.
     python tests/benchmarks/world_sheet.py
 """
 
+import argparse
 import json
 import sys
 from dataclasses import replace
@@ -59,6 +60,7 @@ def magenta(folder, shapes=("sphere", "cube", "cylinder", "diamond"), each=3):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     magenta(ROOT / "tutorials" / "magenta")
     index, other = rich(2)
     pairs = {name: task(SEED, [index]) for name, task in TASKS.items()}
