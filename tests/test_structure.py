@@ -1,8 +1,11 @@
 """The house rules, read from the source: which room may import which, and what nobody may write."""
 
+import argparse
 import ast
 import importlib
+import json
 import re
+import runpy
 import shlex
 import sys
 from functools import cache
@@ -17,7 +20,7 @@ import report  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from minipic.image import open_picture  # noqa: E402
-from minipic.papers import PAPERS  # noqa: E402
+from minipic.papers import PAPERS, load_paper  # noqa: E402
 from minipic.training.flags import parse_argv  # noqa: E402
 
 FLOORS = [  # a room imports only from floors below its own, and from itself
@@ -33,6 +36,9 @@ FLOORS = [  # a room imports only from floors below its own, and from itself
 ]
 TRITON = ["minipic/kernels/flash_attention.py", "minipic/kernels/norms.py"]
 PACKAGES = {"torch", "numpy", "PIL", "safetensors", "tokenizers", "tqdm", "minipic"}
+
+PROGRAMS = [path for path in sorted((ROOT / "tests" / "benchmarks").glob("*.py"))
+            if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")]
 
 PACKAGE = [path.relative_to(ROOT).as_posix() for path in report.package()]
 MODULES = [path for path in PACKAGE if path.startswith("minipic/")]
@@ -90,6 +96,8 @@ def banned(path, nodes):
     for name, line in imports(path, nodes):
         top = name.split(".")[0]
         own = {"triton"} if path in TRITON else set()  # comes with PyTorch for CUDA
+        if not path.startswith("minipic/"):
+            own = {"train", "sample", "quality", "record"}  # programs here, which others may run
         if top == "pickle" or top not in PACKAGES | own | sys.stdlib_module_names:
             yield f"{path}:{line} imports {name}"
     for node in ast.walk(nodes):
@@ -124,6 +132,45 @@ def names_in_code(nodes):
             yield node.name
 
 
+def is_kernel(function):
+    """Whether Triton compiles it: the types of its parameters are its own."""
+    return any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def gives_a_value(function):
+    """Whether a function returns or yields something; what its closures return does not count."""
+    nodes = list(function.body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, (ast.Yield, ast.YieldFrom)) or (isinstance(node, ast.Return) and node.value is not None):
+            return True
+        if not isinstance(node, (ast.FunctionDef, ast.Lambda, ast.ClassDef)):
+            nodes += ast.iter_child_nodes(node)
+    return False
+
+
+def untyped(path, nodes, of_class=False):
+    """The public functions and methods of a file that lack the type of a parameter or of their result."""
+    for node in nodes.body:
+        if isinstance(node, ast.ClassDef):
+            yield from untyped(path, node, of_class=True)
+        if not isinstance(node, ast.FunctionDef) or is_kernel(node):
+            continue
+        if node.name.startswith("_") and node.name != "__init__":
+            continue
+        arguments = node.args
+        parameters = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+        is_static = any(ast.unparse(decorator) == "staticmethod" for decorator in node.decorator_list)
+        if of_class and not is_static:
+            parameters = parameters[1:]  # self, or the class
+        parameters += [parameter for parameter in (arguments.vararg, arguments.kwarg) if parameter]
+        missing = [parameter.arg for parameter in parameters if parameter.annotation is None]
+        if node.returns is None and node.name != "__init__" and gives_a_value(node):
+            missing.append("its result")
+        if missing:
+            yield f"{path}:{node.lineno} {node.name} has no type for {', '.join(missing)}"
+
+
 def test_every_room_has_one_floor():
     rooms = {room(path) for path in MODULES} - {"__init__"}
     names = sum(FLOORS, [])
@@ -146,8 +193,28 @@ def test_a_paper_is_one_file():
             assert not any(paper in word.split(".") for paper in PAPERS), f"{path} names a paper: {word!r}"
 
 
+def test_recipes_do_not_import_each_other():
+    recipes = set(train.RECIPES.values())
+    for path in MODULES:
+        assert not recipes & {name for name, _ in imports(path, tree(path))}, path
+
+
 def test_nothing_banned_is_written():
     assert [fault for path in SOURCES for fault in banned(path, tree(path))] == []
+
+
+@pytest.mark.parametrize("path", PACKAGE)
+def test_public_functions_have_type_hints(path):
+    assert list(untyped(path, tree(path))) == []
+
+
+def test_the_plumbing_of_training_does_not_speak_of_flags():
+    """Its errors name parameters, which the script turns into flags; only settings and flags know those."""
+    for path in MODULES:
+        if room(path) == "training" and Path(path).stem not in ("settings", "flags", "photos"):
+            for node in ast.walk(tree(path)):
+                if isinstance(node, ast.Raise):
+                    assert not [text for text, _ in texts(node) if re.search(r"(?<![\w-])--(?!standalone|nproc)[a-z]", text)]
 
 
 @pytest.mark.parametrize("path", report.BLOCKS)
@@ -159,6 +226,53 @@ def test_the_maps_and_numbers_are_up_to_date(path):
 def test_the_results_are_up_to_date():
     text = (ROOT / "tests" / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
     assert report.results() == text, "run python tests/benchmarks/report.py"
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_every_benchmark_explains_itself(path, monkeypatch, capsys):
+    """--help shows how the file's docstring starts the program, and nothing is measured or written."""
+    pytest.importorskip("diffusers")  # which the programs compare with
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(path), run_name="__main__")
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: {path.name}") and f"tests/benchmarks/{path.name}" in shown
+
+
+def test_every_column_of_the_results_is_explained():
+    for section in report.results().split("\n## "):
+        lines = section.splitlines()
+        prose = " ".join(line for line in lines if not line.startswith("|"))
+        for line, next_line in zip(lines, lines[1:]):
+            if next_line.startswith("| ---"):
+                for column in line.strip("| ").split(" | "):
+                    assert re.search(rf"\b{re.escape(column)}\b", prose, re.I), f"{lines[0]}: {column}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "benchmarks").glob("*.json")), ids=lambda path: path.stem)
+def test_the_command_of_a_result_is_one_of_today(path, monkeypatch):
+    """The program is there and takes the flags; it is stopped before it measures."""
+    pytest.importorskip("diffusers")  # which the programs compare with
+    command = shlex.split(json.loads(path.read_text())["command"])
+    assert command[0] == "python"
+    program = ROOT / command[1]
+
+    class Understood(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser, *given):
+        parse(parser, *given)
+        raise Understood
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(sys, "argv", command[1:])
+    monkeypatch.setattr(sys, "path", [str(program.parent), *sys.path])
+    with pytest.raises(Understood):
+        runpy.run_path(str(program), run_name="__main__")
 
 
 def test_every_room_is_on_the_map():
@@ -191,11 +305,24 @@ def test_the_commands_in_the_texts_have_right_flags(path):
         if "--help" in flags or "NAME" in flags:
             continue
         if script == "sample.py":
-            settings = parse_argv(sample.Settings, flags, "sample.py", ("prompt",))
-            sample.Settings(**settings)
+            cls = sample.Settings
+            paper = re.search(r"--adapter runs/(\w+)/model", command)
+            if paper:  # an adapter has flags of its own
+                cls = sample.settings_with(load_paper(paper[1]).DrawOptions, ())
+            cls(**parse_argv(cls, flags, "sample.py", ("prompt",)))
         else:
             module = importlib.import_module({**train.RECIPES, **PAPERS}[flags[0]])
             module.Settings(**parse_argv(module.Settings, flags[1:], "train.py"))
+
+
+@pytest.mark.parametrize("name", ["", *train.RECIPES, *PAPERS])
+def test_the_help_of_train_fits_a_terminal(name, capsys):
+    try:
+        train.main([*filter(None, [name]), "--help"])
+    except SystemExit:  # as argparse ends
+        assert name
+    text = capsys.readouterr().out
+    assert "--help" in text and max(map(len, text.splitlines())) <= 80
 
 
 def test_the_python_in_the_readme_runs(tmp_path, monkeypatch):
@@ -229,6 +356,17 @@ def test_the_floors_catch(code, fault):
 def test_the_ban_catches(code, fault):
     found = list(banned("file.py", ast.parse(code)))
     assert (fault is None and found == []) or (len(found) == 1 and fault in found[0])
+
+
+@pytest.mark.parametrize("code, fault", [
+    ("def f(x): pass", "x"), ("def f(x: int): return x", "its result"), ("def f() -> int: return 1", None),
+    ("def f(*, x: int, **more): pass", "more"), ("def f(x: int):\n    def g(y): return y", None), ("def _f(x): pass", None),
+    ("class A:\n    def f(self, x): pass", "x"), ("class A:\n    def __init__(self, x: int): pass", None),
+    ("class A:\n    @staticmethod\n    def f(x): pass", "x"), ("@triton.jit\ndef f(x): pass", None),
+    ("def f():\n    yield 1", "its result"), ("def f(x: int): return", None)])
+def test_the_search_for_type_hints_catches(code, fault):
+    found = list(untyped("file.py", ast.parse(code)))
+    assert (fault is None and found == []) or (len(found) == 1 and found[0].endswith(f"has no type for {fault}"))
 
 
 def test_a_papers_name_is_found_in_code_but_not_in_docstrings():

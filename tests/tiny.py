@@ -18,7 +18,7 @@ from minipic.models.clip import CLIPText, CLIPTextConfig
 from minipic.models.unet import UNet, UNetConfig
 from minipic.models.vae import VAE, VAEConfig
 from minipic.pipeline import Pipeline
-from minipic.recipes.tokenizer import train_tokenizer
+from minipic.recipes.clip import train_tokenizer
 from minipic.weights.tokenizer import END
 from peers import fill
 
