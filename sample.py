@@ -625,9 +625,11 @@ def output_paths(config: Settings) -> tuple[Path, Path]:
     out = Path(config.out)
     ending = out.suffix.lower()
     if out.is_dir() or ending not in Image.registered_extensions():
-        single, grid = out / "picture.png", out / "grid.png"
+        single = out / "picture.png"
+        grid = out / "grid.png"
     elif ending in WRITTEN:
-        single, grid = out, out.with_stem(f"{out.stem}-grid")
+        single = out
+        grid = out.with_stem(f"{out.stem}-grid")
     else:
         raise ParameterError(
             "out", f"{out}: pictures are not written as {ending}; choose {', '.join(WRITTEN)}")

@@ -284,6 +284,14 @@ def run(folder, *flags) -> int:
                         "--adapter", str(folder), *flags])
 
 
+def test_after_the_largest_seed_comes_the_first(trained):
+    flags = ["--task", "image2depth", "--source", "a.png"]
+    assert run(trained, *flags, "--n", "2", "--seed", str(2**64 - 1), "--out", "two") == 0
+    assert run(trained, *flags, "--seed", "0", "--out", "zero.png") == 0
+    second, zero = (to_tensor(open_picture(name)) for name in ("two/picture-0002.png", "zero.png"))
+    assert (second - zero).abs().max() < 2.5 / 127.5  # two grey levels: drawn in batches of two and of one
+
+
 def test_what_is_saved_says_how_to_draw(trained):
     assert find_adapter(trained) == ("onediffusion", trained / "diffusion_pytorch_model.safetensors")
     _, metadata = read_header(trained / "diffusion_pytorch_model.safetensors")

@@ -63,8 +63,7 @@ for scale in (4, 1):
 trained = {}
 for scale in (4, 1):
     pipeline, params, config = start(scale)
-    conv_in = [param for task in config.tasks.split(",")
-               for param in pipeline.unet.conv_in.tasks[task].parameters()]
+    conv_in = list(pipeline.unet.conv_in.parameters())  # one convolution for each task
     others = [param for param in params if all(param is not one for one in conv_in)]
     optimizer = torch.optim.AdamW([{"params": others, "lr": 1e-3}, {"params": conv_in, "lr": 5e-3}])
     for step in range(STEPS):
@@ -90,8 +89,10 @@ pipeline = trained[4]
 for task in TASKS.split(","):
     select(pipeline.unet, task)
     layers = [layer for layer in pipeline.unet.modules() if isinstance(layer, MoE)]
-    rows = [" ".join(f"{100 * weight:3.0f}" for weight in layer.expert_weights().tolist())
-            for layer in layers]
+    rows = []
+    for layer in layers:
+        percents = 100 * layer.expert_weights()
+        rows.append(" ".join(f"{percent:3.0f}" for percent in percents.tolist()))
     print(f"{task:4}", " | ".join(rows), "%")
 
 # %% [markdown]

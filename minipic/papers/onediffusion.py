@@ -36,12 +36,13 @@ from torch import nn
 from minipic.common import CheckedConfig, InputError, ParameterError, rng
 from minipic.diffusion.frames import (
     SCHEDULE, dynamic_shift, flow_grid, guided, sample_frames)
+from minipic.draw_settings import DrawSettings, nth_seed
 from minipic.figures import image_grid
 from minipic.image import resize_and_crop, to_pictures, to_rgb, to_tensor
 from minipic.latents import encode_pictures, load_pipeline, read_photos
 from minipic.layers import lora
 from minipic.models.nextdit import NextDiT, NextDiTConfig
-from minipic.pipeline import DrawSettings, Pipeline
+from minipic.pipeline import Pipeline
 from minipic.text import text_states
 from minipic.training.flags import option
 from minipic.training.photos import Photo, is_hidden, match_by_stem
@@ -709,12 +710,13 @@ def draw_frames(
     device = pipeline.device
     prompt = full_text(task, settings.prompt, adapter.trained_as.task_token)
     text, mask = encode(pipeline, [settings.negative or "", prompt])
-    text, mask = text.to(next(network.parameters())), mask.to(device)
+    text = text.to(next(network.parameters()))
+    mask = mask.to(device)
     predict = guided(network, text[1:], mask[1:], text[:1], mask[:1], settings.guidance)
 
     noise = []
     for i in range(settings.n):
-        generator = torch.Generator().manual_seed(settings.seed + i)
+        generator = torch.Generator().manual_seed(nth_seed(settings.seed, i))
         noise.append(torch.randn(frames.shape, generator=generator))
     chosen = is_drawn[:, None, None, None]
     x = torch.where(chosen, torch.stack(noise), frames.float()).to(device)
@@ -733,9 +735,12 @@ def report_cameras(
     """Print the cameras of ray frames [V,C,h,w]; their directions as colours."""
     rays = rays_of_frames(frames.float().cpu())
     cameras = cameras_of_rays(rays, pinhole(trained_as.focal, (1, 1)), (1, 1))
-    rows = zip(eyes(cameras) * RAY_AXES[:3, 0, 0], cameras[:, 2, :3] * RAY_AXES[:3, 0, 0])
-    for number, (centre, forward) in enumerate(rows, 1):
-        place, toward = (", ".join(f"{v:.2f}" for v in p.tolist()) for p in (centre, forward))
+    axes = RAY_AXES[:3, 0, 0]
+    centres = eyes(cameras) * axes
+    directions = cameras[:, 2, :3] * axes
+    for number, (centre, direction) in enumerate(zip(centres, directions), 1):
+        place = ", ".join(f"{value:.2f}" for value in centre.tolist())
+        toward = ", ".join(f"{value:.2f}" for value in direction.tolist())
         print(f"view {number}: at ({place}), looks along ({toward}); left, up, forward of view 1")
     width, height = size
     maps = F.interpolate(rays[:, :3], size=(height, width))

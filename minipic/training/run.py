@@ -141,7 +141,8 @@ class Output:
 def lasting_output() -> Iterator[None]:
     """Inside, sys.stdout and sys.stderr are an `Output`."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    sys.stdout = Output(sys.stdout)
+    sys.stderr = Output(sys.stderr)
     try:
         yield
     finally:

@@ -114,7 +114,8 @@ def find_mismatch(config: ControlNetConfig, unet: UNetConfig, factor: int) -> st
         return f"takes {config.in_channels} channels and the UNet makes {unet.out_channels}"
     for name in ("block_out_channels", "layers_per_block", "cross_attention_dim",
                  "addition_embed_type", "projection_class_embeddings_input_dim"):
-        mine, theirs = getattr(config, name), getattr(unet, name)
+        mine = getattr(config, name)
+        theirs = getattr(unet, name)
         if mine != theirs:
             return f"has {name}={mine!r} and the UNet {theirs!r}"
     channels = config.conditioning_channels

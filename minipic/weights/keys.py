@@ -131,7 +131,9 @@ def unet_name(name: str) -> str:
     match = re.fullmatch(r"(input_blocks|middle_block|output_blocks)\.(\d{1,4})\.(.+)", name)
     if not match or name.startswith("input_blocks.0."):
         return replace_start(name, UNET_ENDS)
-    area, index, rest = match[1], int(match[2]), match[3]
+    area = match[1]
+    index = int(match[2])
+    rest = match[3]
 
     if area == "middle_block":
         if index >= len(UNET_MIDDLE):
