@@ -1,13 +1,15 @@
 """attention(): the backends against the formula written out in float64."""
 
 import math
+from contextlib import nullcontext
+from unittest import mock
 
 import peers
 import pytest
 import torch
 
 from minipic.common import InputError
-from minipic.layers.attention import Attention, attention, choose_backend
+from minipic.layers.attention import Attention, attention, choose_backend, safe_kernels
 
 
 def formula(q, k, v, causal):
@@ -49,6 +51,24 @@ def test_the_default_on_a_cpu(has, learns, dtype, expected, few, monkeypatch):
     assert choose_backend(k, k) == expected and choose_backend(k, k[:, :77]) == few
 
 
+def test_cudnns_kernel_does_not_train():
+    """Its gradients were NaN on an H100."""
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    for is_cuda, trains in ((False, True), (True, False)):
+        with safe_kernels(is_cuda, trains):
+            assert torch.backends.cuda.cudnn_sdp_enabled()
+    with safe_kernels(is_cuda=True, trains=True):
+        assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+    asked = []
+    with mock.patch("minipic.layers.attention.safe_kernels", lambda *about: asked.append(about) or nullcontext()):
+        q, k, v = qkv(3, 4, torch.float32)
+        attention(q, k, v, backend="sdpa")
+        with torch.no_grad():
+            attention(q, k, v, backend="sdpa")
+        attention(q.detach(), k.detach(), v.detach(), backend="sdpa")
+    assert asked == [(False, True), (False, False), (False, False)]
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_backends_have_the_same_gradients(causal):
     def gradients(backend):
@@ -58,6 +78,25 @@ def test_backends_have_the_same_gradients(causal):
 
     for first, *others in zip(*map(gradients, ("naive", "sdpa", "chunked", None))):
         assert all(peers.distance(first, other) < 1e-12 for other in others)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n, m", [(5, 9), (700, 700), (1100, 1000)])  # parts: all at once, one for each head, also of queries
+@pytest.mark.parametrize("extra", ["", "causal", "mask", "softcap", "autocast"])
+def test_parts_that_share_their_memory_are_the_formula(n, m, extra):
+    if extra == "causal":
+        m = n
+    q, k, v = (x.detach() for x in qkv(n, m, torch.float64))
+    mask = torch.arange(m).remainder(3).bool()[None].repeat(2, 1) if extra == "mask" else None
+    given = {"mask": mask, "softcap": 2.0 if extra == "softcap" else 0.0, "causal": extra == "causal"}
+    expected = attention(q, k, v, backend="naive", **given)
+    if extra == "autocast":
+        q = q.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = attention(q, k.bfloat16(), v.bfloat16(), backend="chunked").double()
+        assert peers.distance(out, expected) < 4e-2
+    else:
+        assert peers.distance(attention(q, k, v, backend="chunked", **given), expected) < 1e-12
 
 
 @torch.no_grad()

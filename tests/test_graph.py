@@ -23,6 +23,7 @@ from minipic.common import InputError
 from minipic.image import open_picture, to_tensor
 from minipic.kernels.cuda_graph import RECORDING, graph_helps, graphed
 from minipic.kernels import norm_backend
+from minipic.layers import attention
 from minipic.models.controlnet import ControlNet
 from minipic.pipeline import Pipeline
 from peers import fill
@@ -130,6 +131,29 @@ def test_our_kernels_are_for_graphs_in_16_bits(graphs, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         graphed(lambda x: x / (1 // 0))(torch.ones(2, device=DEVICE))
     assert not RECORDING.get() and chosen(torch.bfloat16) == "plain"
+
+
+def test_flash_attention_is_for_graphs_on_the_gpu_where_it_was_measured_ahead(graphs, monkeypatch):
+    capability = mock.Mock(return_value=(9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(attention, "triton_works", lambda device: True)
+
+    def chosen(keys, d=64, dtype=torch.bfloat16, **hidden):
+        q = SimpleNamespace(device=torch.device("cuda:0"), is_cuda=True, dtype=dtype, shape=(2, 4096, 10, d))
+        return attention.choose_backend(q, torch.empty(2, keys, 10, d, device="meta"), **hidden)
+    found = []
+
+    def work(x):
+        found.append([chosen(77), chosen(4096), chosen(77, 128), chosen(77, dtype=torch.float32),
+                      chosen(77, hides_keys=True)])
+        return x + 1
+    with torch.no_grad():
+        assert chosen(77) == "sdpa"  # started by itself, it is slower
+        graphed(work)(torch.ones(2, device=DEVICE))
+        assert found == 2 * [["flash", "flash", "sdpa", "sdpa", "sdpa"]]
+        capability.return_value = (8, 0)
+        graphed(work)(torch.ones(2, device=DEVICE))
+    assert found[-1] == 5 * ["sdpa"]  # not measured
 
 
 def test_where_triton_does_not_work_pytorch_draws(monkeypatch):

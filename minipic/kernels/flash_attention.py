@@ -223,8 +223,8 @@ class Blocks(NamedTuple):
 def choose_blocks(kernel: str, q: torch.Tensor, k: torch.Tensor) -> Blocks:
     """The blocks of a kernel ("forward", "keys" or "queries") for q [B,N,h,d] and k [B,M,h,d].
 
-    Chosen with the compiler for sm_90: none of these spills registers. For few queries blocks are
-    small, which spreads them more evenly over the processors. fp32 has no tensor cores at full
+    Measured on an H100 for d = 64 in 16 bits (tests/benchmarks/attention_sweep.json). d = 128 was
+    chosen with the compiler for sm_90, so that no registers spill. fp32 has no tensor cores at full
     precision, so its blocks must fit the registers.
     """
     _, n, _, d = q.shape
@@ -233,19 +233,14 @@ def choose_blocks(kernel: str, q: torch.Tensor, k: torch.Tensor) -> Blocks:
         if d < 128:
             return Blocks(32, 32, 8, 1)
         return Blocks(16 if kernel == "queries" else 32, 16, 8, 1)
-    if kernel == "forward":
-        if m <= 128:  # all keys in one block
-            return Blocks(64, max(16, triton.next_power_of_2(m)), 4, 1)
-        if n <= 2048 or d == 128:
-            return Blocks(64, 64, 4, 2)
-        return Blocks(128, 64, 4, 3)
-    if kernel == "keys":
-        if d == 128:
-            return Blocks(32, 64, 4, 2)
-        return Blocks(64, 128, 8, 2)
+    if kernel == "forward" and m <= 128:  # all keys in one block
+        return Blocks(64, max(16, triton.next_power_of_2(m)), 4, 1)
     if d == 128:
-        return Blocks(64, 32, 4, 2)
-    return Blocks(128, 64, 8, 2)
+        return {"forward": Blocks(64, 64, 4, 2), "queries": Blocks(64, 32, 4, 2),
+                "keys": Blocks(32, 64, 4, 2)}[kernel]
+    if kernel == "forward" and n <= 2048:
+        return Blocks(64, 128, 4, 2)
+    return Blocks(64, 64, 4, 3)
 
 
 def precision(x: torch.Tensor) -> str:
@@ -261,6 +256,55 @@ def strides(*tensors: torch.Tensor) -> list[int]:
     return numbers
 
 
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+           blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out like q, lse [B,h,N])."""
+    b, n, h, d = q.shape
+    m = k.shape[1]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(b, h, n, dtype=torch.float32)
+    forward_kernel[triton.cdiv(n, blocks.queries), b * h](
+        q, k, v, out, lse, *strides(q, k, v, out), h, n, m, d ** -0.5,
+        HEAD_DIM=d, BLOCK_Q=blocks.queries, BLOCK_K=blocks.keys, ONE_BLOCK=m <= blocks.keys,
+        EVEN=m % blocks.keys == 0, PRECISION=precision(q),
+        num_warps=blocks.warps, num_stages=blocks.stages)
+    return out, lse
+
+
+def query_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor,
+                    out: torch.Tensor, lse: torch.Tensor,
+                    blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dq, delta [B,h,N])."""
+    b, n, h, d = q.shape
+    m = k.shape[1]
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    delta = torch.empty_like(lse)
+    queries_kernel[triton.cdiv(n, blocks.queries), b * h](
+        q, k, v, grad, out, lse, delta, dq,
+        *strides(q, k, v, grad, out, dq), h, n, m, d ** -0.5,
+        HEAD_DIM=d, BLOCK_Q=blocks.queries, BLOCK_K=blocks.keys,
+        EVEN=m % blocks.keys == 0, PRECISION=precision(q),
+        num_warps=blocks.warps, num_stages=blocks.stages)
+    return dq, delta
+
+
+def key_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor,
+                  lse: torch.Tensor, delta: torch.Tensor,
+                  blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dk, dv)."""
+    b, n, h, d = q.shape
+    m = k.shape[1]
+    dk = torch.empty_like(k, memory_format=torch.contiguous_format)
+    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+    keys_kernel[triton.cdiv(m, blocks.keys), b * h](
+        q, k, v, grad, lse, delta, dk, dv,
+        *strides(q, k, v, grad, dk), h, n, m, d ** -0.5,
+        HEAD_DIM=d, BLOCK_Q=blocks.queries, BLOCK_K=blocks.keys,
+        EVEN=n % blocks.queries == 0, PRECISION=precision(q),
+        num_warps=blocks.warps, num_stages=blocks.stages)
+    return dk, dv
+
+
 class FlashAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(d)) v and its gradients: q [B,N,h,d], k and v [B,M,h,d] -> [B,N,h,d].
 
@@ -269,47 +313,15 @@ class FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        b, n, h, d = q.shape
-        m = k.shape[1]
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = q.new_empty(b, h, n, dtype=torch.float32)
-        blocks = choose_blocks("forward", q, k)
-        grid = (triton.cdiv(n, blocks.queries), b * h)
-        forward_kernel[grid](
-            q, k, v, out, lse, *strides(q, k, v, out), h, n, m, d ** -0.5,
-            HEAD_DIM=d, BLOCK_Q=blocks.queries, BLOCK_K=blocks.keys, ONE_BLOCK=m <= blocks.keys,
-            EVEN=m % blocks.keys == 0, PRECISION=precision(q),
-            num_warps=blocks.warps, num_stages=blocks.stages)
+        out, lse = attend(q, k, v, choose_blocks("forward", q, k))
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         q, k, v, out, lse = ctx.saved_tensors
-        b, n, h, d = q.shape
-        m = k.shape[1]
         if grad.stride(-1) != 1:
             grad = grad.contiguous()
-        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-        dk = torch.empty_like(k, memory_format=torch.contiguous_format)
-        dv = torch.empty_like(v, memory_format=torch.contiguous_format)
-        delta = torch.empty_like(lse)
-
-        blocks = choose_blocks("queries", q, k)
-        grid = (triton.cdiv(n, blocks.queries), b * h)
-        queries_kernel[grid](  # first, because it writes delta
-            q, k, v, grad, out, lse, delta, dq,
-            *strides(q, k, v, grad, out, dq), h, n, m, d ** -0.5,
-            HEAD_DIM=d, BLOCK_Q=blocks.queries, BLOCK_K=blocks.keys,
-            EVEN=m % blocks.keys == 0, PRECISION=precision(q),
-            num_warps=blocks.warps, num_stages=blocks.stages)
-
-        blocks = choose_blocks("keys", q, k)
-        grid = (triton.cdiv(m, blocks.keys), b * h)
-        keys_kernel[grid](
-            q, k, v, grad, lse, delta, dk, dv,
-            *strides(q, k, v, grad, dk), h, n, m, d ** -0.5,
-            HEAD_DIM=d, BLOCK_Q=blocks.queries, BLOCK_K=blocks.keys,
-            EVEN=n % blocks.queries == 0, PRECISION=precision(q),
-            num_warps=blocks.warps, num_stages=blocks.stages)
+        dq, delta = query_gradients(q, k, v, grad, out, lse, choose_blocks("queries", q, k))
+        dk, dv = key_gradients(q, k, v, grad, lse, delta, choose_blocks("keys", q, k))
         return dq, dk, dv

@@ -3,17 +3,29 @@
 softmax(q k^T / sqrt(d)) v, "Attention Is All You Need" (arXiv 1706.03762) equation 1.
 """
 
+import contextlib
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minipic.common import InputError, computes_bf16, cpu_has
+from minipic.kernels.cuda_graph import RECORDING
+from minipic.kernels.norm_backend import triton_works
 
 MAX_HEAD_DIM = 256  # of PyTorch's flash kernels on a GPU
+# PyTorch's kernels to train with on a GPU. Its choice on an H100, cuDNN's, gave gradients that were
+# NaN for the tiny UNet (PyTorch 2.11).
+TRAINING_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def choose_backend(q: torch.Tensor, k: torch.Tensor) -> str:
-    """The backend for these shapes: PyTorch's fused kernel, except where another one was faster."""
+def choose_backend(q: torch.Tensor, k: torch.Tensor, hides_keys: bool = False) -> str:
+    """The backend for these shapes: PyTorch's fused kernel, except where another one was faster.
+
+    hides_keys: whether some keys are not seen, by a mask or because attention is causal.
+    """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and computes_bf16(q.device):
         trains = torch.is_grad_enabled() and k.requires_grad
         few_keys = k.shape[1] <= 256
@@ -23,7 +35,23 @@ def choose_backend(q: torch.Tensor, k: torch.Tensor) -> str:
             return "chunked"  # without AMX, PyTorch's kernel computes bf16 at the speed of fp32
     if q.is_cuda and q.shape[-1] > MAX_HEAD_DIM:
         return "chunked"
+    if q.is_cuda and not hides_keys and flash_is_faster(q):
+        return "flash"
     return "sdpa"
+
+
+def flash_is_faster(q: torch.Tensor) -> bool:
+    """Whether minipic's flash attention was measured ahead of PyTorch's kernels, on a GPU.
+
+    A step of SDXL's UNet on an H100 is 1.09 times as fast with it: heads of width 64, 16 bits, as a
+    CUDA graph. Without a graph, Python starts it more slowly than PyTorch's.
+    """
+    in_graph = RECORDING.get() and not torch.is_grad_enabled()
+    measured = q.dtype.itemsize == 2 and q.shape[-1] == 64
+    if not in_graph or not measured:
+        return False
+    is_hopper = torch.cuda.get_device_capability(q.device) == (9, 0)
+    return is_hopper and triton_works(q.device)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False,
@@ -45,7 +73,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = 
     """
     if softcap and backend is None:
         backend = "chunked"
-    backend = backend or choose_backend(q, k)
+    backend = backend or choose_backend(q, k, hides_keys=causal or mask is not None)
     if backend not in BACKENDS:
         raise InputError(f"attention backend {backend!r} does not exist; "
                          f"use one of {', '.join(BACKENDS)}")
@@ -76,44 +104,61 @@ def chunked(
         softcap: float) -> torch.Tensor:
     """The formula for a few heads or a few queries at a time, whose scores stay in a CPU's cache.
 
-    Keys and values are laid out once, head by head: the products of a CPU without AMX are then as
-    fast as its large matrix products.
+    Keys and values are laid out once, head by head, the keys as the product with the queries reads
+    them. The scores of all parts share their memory, for on a CPU new memory costs more than a
+    product; but a gradient needs all of them, and autocast changes their types.
     """
     batch, n, heads, d = q.shape
-    q = head_by_head(q * d ** -0.5)
-    k = head_by_head(k)
+    m = k.shape[1]
+    has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    is_shared = not has_gradient and not torch.is_autocast_enabled(q.device.type)
+    q = head_by_head(q)
+    k = (k * d ** -0.5).permute(0, 2, 3, 1).flatten(0, 1).contiguous()  # [Bh,d,M]
     v = head_by_head(v)
     if mask is not None:
         mask = mask.repeat_interleave(heads, dim=0)[:, None]  # [Bh,1,M]
-    queries_at_once, heads_at_once = chunk_sizes(q, k)
-    outputs = []
+    queries_at_once, heads_at_once = chunk_sizes(q, m)
+    memory = q.new_empty(heads_at_once * queries_at_once * m) if is_shared else None
+    out = torch.empty_like(q) if is_shared else None
+    parts = []
     for head in range(0, batch * heads, heads_at_once):
         some = slice(head, head + heads_at_once)
-        chunks = []
         for query in range(0, n, queries_at_once):
-            scores = torch.bmm(q[some, query:query + queries_at_once], k[some].transpose(1, 2))
+            rows = slice(query, query + queries_at_once)
+            some_q = q[some, rows]
+            shape = (*some_q.shape[:2], m)
+            scores = torch.bmm(some_q, k[some], out=part_of(memory, shape))
             if softcap:
                 scores = softcap * (scores / softcap).tanh()
             if causal:
                 scores = hide_future(scores, first_query=query)
-            weights = masked_softmax(scores, None if mask is None else mask[some])
-            chunks.append(torch.bmm(weights, v[some]))
-        outputs.append(torch.cat(chunks, dim=1))
-    return torch.cat(outputs).unflatten(0, (batch, heads)).transpose(1, 2)
+            if is_shared and mask is None:
+                weights = torch.softmax(scores, -1, out=scores)
+            else:
+                weights = masked_softmax(scores, None if mask is None else mask[some])
+            part = torch.bmm(weights, v[some], out=out[some, rows] if is_shared else None)
+            parts.append(part.flatten(0, 1))
+    if not is_shared:
+        out = torch.cat(parts).unflatten(0, (batch * heads, n))
+    return out.unflatten(0, (batch, heads)).transpose(1, 2)
 
 
-def chunk_sizes(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
-    """How many queries of how many heads to compute together, for q [Bh,N,d] and k [Bh,M,d].
+def chunk_sizes(q: torch.Tensor, m: int) -> tuple[int, int]:
+    """How many queries of how many heads to compute together, for q [Bh,N,d] and m keys.
 
-    Measured on a CPU with AVX512-BF16: a million scores are 2 MB in bf16, twice its second-level
-    cache. On a GPU only memory counts.
+    Either one head, or all queries.
+    Measured on CPUs with AVX512-BF16: a million scores, or 512 queries of one head. On a GPU only
+    memory counts.
     """
     scores_at_once = 1 << 24 if q.is_cuda else 1 << 20
-    n = q.shape[1]
-    m = k.shape[1]
-    queries = min(n, max(256, scores_at_once // m))
+    queries = min(q.shape[1], max(512, scores_at_once // m))
     heads = max(1, scores_at_once // (queries * m))
     return queries, heads
+
+
+def part_of(memory: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """The beginning of a flat tensor as a tensor of this shape; None of None."""
+    return None if memory is None else memory[:math.prod(shape)].view(shape)
 
 
 def head_by_head(x: torch.Tensor) -> torch.Tensor:
@@ -144,8 +189,17 @@ def sdpa(
     v = v.transpose(1, 2)
     if mask is not None:
         mask = mask[:, None, None]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    with safe_kernels(q.is_cuda, trains):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return out.transpose(1, 2)
+
+
+def safe_kernels(is_cuda: bool, trains: bool) -> contextlib.AbstractContextManager:
+    """Inside, PyTorch chooses among kernels whose gradients can be trusted, if there are any."""
+    if is_cuda and trains:
+        return sdpa_kernel(TRAINING_KERNELS)
+    return contextlib.nullcontext()
 
 
 def flash(

@@ -1,26 +1,25 @@
 """Flash attention's block sizes, warps and stages at SDXL's shapes. Writes attention_sweep.json beside.
 
-    python tests/benchmarks/attention_sweep.py [--rounds 20] [--minutes 7]
+    python tests/benchmarks/attention_sweep.py [--rounds 10] [--minutes 7]
     TRITON_INTERPRET=1 python tests/benchmarks/attention_sweep.py --toy     (a trial without a GPU)
 
-One kernel at a time (forward, queries, keys) takes every setting of GRID, the others keep theirs; PyTorch's kernel runs
-in the same turns. A setting that does not compile, or gives other numbers than the formula in float32, is left out. The
-best go into flash_attention.choose_blocks by hand. When --minutes have passed, what is left is not measured.
+Every kernel by itself (forward, queries, keys) with every setting of GRID, and PyTorch's kernels, forward and forward
+with backward: microseconds of one call of ten in a CUDA graph. A setting that does not compile, or gives other numbers
+than PyTorch in float32, is left out, and said. The best go into flash_attention.choose_blocks by hand. When --minutes
+have passed, what is left is not measured.
 """
 
 import argparse
 import time
 from functools import partial
 from itertools import product
-from unittest import mock
 
 import torch
-from attention import SHAPES, backward, candidates, recorded
+from attention import CALLS, SHAPES, backward, candidates, recorded
 from record import record
 from side_by_side import DEVICE, GPU, measure
 
-from minipic.kernels import flash_attention
-from minipic.kernels.flash_attention import Blocks, FlashAttention
+from minipic.kernels.flash_attention import Blocks, attend, key_gradients, query_gradients, triton
 from minipic.layers.attention import attention
 
 GRID = {  # of each kernel: queries, keys, warps, stages
@@ -29,84 +28,73 @@ GRID = {  # of each kernel: queries, keys, warps, stages
     "keys": ((32, 64, 128), (64, 128), (4, 8), (2, 3))}
 TOY_GRID = {kernel: ((16,), (16, 32), (4,), (1,)) for kernel in GRID}
 TOY_SHAPES = {"self": (1, 32, 32), "text": (1, 32, 20)}
+TOLERANCE = 2e-2  # of the largest number, in bf16
 
 
-def with_blocks(kernel, blocks, work):
-    """The same work, in which one kernel divides its work in this way."""
-    default = flash_attention.choose_blocks
-
-    def choose_blocks(name, q, k):
-        return blocks if name == kernel else default(name, q, k)
-
-    def run():
-        with mock.patch.object(flash_attention, "choose_blocks", choose_blocks):
-            return work()
-    return run
+def microseconds(works: dict, rounds: int) -> dict[str, float]:
+    seconds = measure({name: recorded(work) for name, work in works.items()}, rounds)
+    return {name: 1e6 * t / CALLS for name, t in seconds.items()}
 
 
-def settings(kernel, grid, m):
-    """The Blocks to try. All of a text's keys are in one block, as choose_blocks has it."""
-    for blocks in map(Blocks._make, product(*grid[kernel])):
-        if kernel == "forward" and m <= 128:
-            blocks = blocks._replace(keys=max(16, 1 << (m - 1).bit_length()))
-        yield blocks
-
-
-def works_of(kernel, grid, q, k, v):
-    """{a setting's numbers: its work}, of those that compile and are right."""
-    expected = attention(q.float(), k.float(), v.float(), backend="naive")
-    grad = torch.randn_like(q)
+def kernels_of(q, k, v, grad) -> dict:
+    """{kernel: (its work, given blocks; what it should give)}, all on the same inputs."""
     leaves = [x.detach().float().requires_grad_() for x in (q, k, v)]
-    gradients = torch.autograd.grad(attention(*leaves, backend="naive"), leaves, grad.float())
+    expected = attention(*leaves, backend="sdpa")
+    dq, dk, dv = torch.autograd.grad(expected, leaves, grad.float())
+    blocks = Blocks(16, 16, 4, 1) if q.dtype == torch.float32 else Blocks(64, 64, 4, 2)
+    out, lse = attend(q, k, v, blocks)
+    _, delta = query_gradients(q, k, v, grad, out, lse, blocks)
+    return {"forward": (partial(attend, q, k, v), [expected.detach()]),
+            "queries": (partial(query_gradients, q, k, v, grad, out, lse), [dq]),
+            "keys": (partial(key_gradients, q, k, v, grad, lse, delta), [dk, dv])}
+
+
+def right_works(work, expected, grid) -> dict:
+    """{a setting's numbers: the work with it}, of those that compile and are right."""
     works = {}
-    for blocks in dict.fromkeys(settings(kernel, grid, k.shape[1])):
-        if kernel == "forward":
-            work = partial(FlashAttention.apply, q, k, v)
-        else:
-            work = partial(backward, FlashAttention.apply, q, k, v, grad)
-        work = with_blocks(kernel, blocks, work)
+    for blocks in map(Blocks._make, product(*grid)):
         try:
-            found = work() if kernel == "forward" else gradients_of(kernel, blocks, q, k, v, grad)
-        except (RuntimeError, flash_attention.triton.CompilationError) as error:  # too many registers, or too large
+            found = work(blocks)
+        except (RuntimeError, triton.CompilationError) as error:  # too many registers, or too large
             print(f"    {tuple(blocks)}: {type(error).__name__}")
             continue
-        wanted = [expected] if kernel == "forward" else gradients
-        found = [found] if kernel == "forward" else found
-        errors = [((a.float() - b).abs().max() / b.abs().max()).item() for a, b in zip(found, wanted)]
-        if max(errors) < 2e-2:
-            works[" ".join(map(str, blocks))] = work
+        errors = []
+        for own, right in zip(found, expected):
+            errors.append(((own.float() - right).abs().max() / right.abs().max()).item())
+        if max(errors) < TOLERANCE:
+            works[" ".join(map(str, blocks))] = partial(work, blocks)
         else:
             print(f"    {tuple(blocks)}: wrong by {max(errors):.0e}")
     return works
 
 
-def gradients_of(kernel, blocks, q, k, v, grad):
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    return with_blocks(kernel, blocks, lambda: torch.autograd.grad(FlashAttention.apply(*leaves), leaves, grad))()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--minutes", type=float, default=7)
     parser.add_argument("--toy", action="store_true", help="small shapes and few settings, in fp32")
     options = parser.parse_args()
-    shapes, grid = (TOY_SHAPES, TOY_GRID) if options.toy else (SHAPES, GRID)
+    shapes, grids = (TOY_SHAPES, TOY_GRID) if options.toy else (SHAPES, GRID)
     dtype = torch.float32 if options.toy else torch.bfloat16
-    end, results = time.monotonic() + 60 * options.minutes, {}
-    for (name, (heads, n, m)), kernel in product(shapes.items(), GRID):
+    end = time.monotonic() + 60 * options.minutes
+    results = {}
+    for name, (heads, n, m) in shapes.items():
         if time.monotonic() > end:
-            print(f"{name}, {kernel}: no time left")
+            print(f"{name}: no time left")
             continue
         q, k, v = (torch.randn(1 + GPU, size, heads, 64, device=DEVICE, dtype=dtype) for size in (n, m, m))
-        peer = candidates()["sdpa"]
-        works = works_of(kernel, grid, q, k, v)
-        work = partial(peer, q, k, v) if kernel == "forward" else partial(backward, peer, q, k, v, torch.randn_like(q))
-        seconds = measure({way: recorded(run) for way, run in {"sdpa": work, **works}.items()}, options.rounds)
-        rows = {way: {"speed over sdpa": seconds["sdpa"] / t} for way, t in seconds.items()}
-        results[f"{name}, {kernel}"] = rows
-        best = max(rows, key=lambda way: rows[way]["speed over sdpa"] if way != "sdpa" else 0)
-        print(f"{name}, {kernel}: best {best} at {rows[best]['speed over sdpa']:.2f}x, {len(works)} settings", flush=True)
+        grad = torch.randn_like(q)
+        peers = {peer: run for peer, run in candidates().items() if peer.startswith("sdpa")}
+        both = {peer: partial(backward, run, q, k, v, grad) for peer, run in peers.items()}
+        with torch.no_grad():
+            rows = {"PyTorch, forward": microseconds({peer: partial(run, q, k, v) for peer, run in peers.items()},
+                                                     options.rounds)}
+        rows["PyTorch, forward and backward"] = microseconds(both, options.rounds)
+        for kernel, (work, expected) in kernels_of(q, k, v, grad).items():
+            rows[kernel] = microseconds(right_works(work, expected, grids[kernel]), options.rounds)
+            best = min(rows[kernel], key=rows[kernel].get)
+            print(f"{name}, {kernel}: best {best} in {rows[kernel][best]:.1f} us of {len(rows[kernel])}", flush=True)
+        results[name] = rows
     print(record("attention_sweep", results, rounds=options.rounds, columns="queries keys warps stages"))
 
 

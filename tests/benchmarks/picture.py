@@ -1,4 +1,5 @@
-"""A whole picture beside diffusers' pipeline, from encoded text to pixels. Writes picture.json beside.
+"""A whole picture beside diffusers' pipeline, from encoded text to pixels. Writes picture.json beside,
+on a GPU picture-gpu.json.
 
     python tests/benchmarks/picture.py [tiny-64-fp32 sdxl-1024-bf16 ...] [--steps 30] [--rounds 5]
 
@@ -9,10 +10,10 @@ CUDA graph, as it draws there.
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import torch
-from record import record
-from side_by_side import GPU, ROOT, Case, agree, compare, compiled, flops, options, peer_of, unet_inputs
+from side_by_side import GPU, ROOT, Case, agree, compare, compiled, flops, options, peer_of, record_here, unet_inputs
 
 from minipic.diffusion.schedule import Schedule
 from minipic.image import to_tensor
@@ -31,17 +32,20 @@ def schedule_of(case):
 
 
 def minipic(unet, vae, schedule, texts, settings):
-    """A function graph -> the picture [3,H,W]."""
+    """A function (steps, graph) -> the picture [3,H,W]."""
     config = unet.config  # a text encoder's width tells base models from refiners, so one without weights is there
     width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     encoder = build_empty(CLIPText, replace(OPENCLIP_BIGG, projection_dim=width))
     pipeline = Pipeline(unet, vae, None, encoder, schedule=schedule)
     pipeline.encode = lambda prompt, negative: texts
-    return lambda graph=False: to_tensor(pipeline.generate("", graph=graph, **settings)[0])
+
+    def draw(steps=settings["steps"], graph=False):
+        return to_tensor(pipeline.generate("", graph=graph, **settings | {"steps": steps})[0])
+    return draw
 
 
 def diffusers(unet, vae, schedule, texts, settings):
-    """The same with its pipeline; the UNet's and the VAE's own decoder may be compiled before."""
+    """The same with its pipeline, a function of steps; the UNet's and the VAE's own decoder may be compiled before."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
     pipeline = StableDiffusionXLPipeline(
         vae=vae, unet=unet, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
@@ -50,12 +54,15 @@ def diffusers(unet, vae, schedule, texts, settings):
     cond, uncond = texts
     told = {"prompt_embeds": cond.context, "pooled_prompt_embeds": cond.pooled,
             "negative_prompt_embeds": uncond.context, "negative_pooled_prompt_embeds": uncond.pooled,
-            "num_inference_steps": settings["steps"], "guidance_scale": settings["guidance"],
-            "width": settings["size"][0], "height": settings["size"][1]}
-    return lambda: to_tensor(pipeline(**told, generator=torch.Generator().manual_seed(settings["seed"])).images[0])
+            "guidance_scale": settings["guidance"], "width": settings["size"][0], "height": settings["size"][1]}
+
+    def draw(steps=settings["steps"]):
+        generator = torch.Generator().manual_seed(settings["seed"])
+        return to_tensor(pipeline(**told, num_inference_steps=steps, generator=generator).images[0])
+    return draw
 
 
-def run(case: Case, steps, rounds):
+def run(case: Case, steps, rounds, mode):
     unet, vae, schedule = case.network("unet"), case.network("vae"), schedule_of(case)
     given = unet_inputs(unet, case, 1)
     texts = [Conditioning(share * given["context"], share * given["pooled"]) for share in (1, 0)]
@@ -63,20 +70,24 @@ def run(case: Case, steps, rounds):
     draw = minipic(unet, vae, schedule, texts, settings)
     works = {"diffusers": diffusers(peer_of(unet), peer_of(vae), schedule, texts, settings), "minipic": draw}
     if GPU:
-        fast, decoder = compiled(peer_of(unet)), peer_of(vae)
-        works["diffusers compiled"] = diffusers(fast, compiled(decoder, decoder.decoder), schedule, texts, settings)
-        works["minipic"] = lambda: draw(graph=False)
-        works["minipic graph"] = lambda: draw(graph=True)
-    agree(works, 2e-2 if case.kind == "fp32" else 0.2)
+        if mode != "off":
+            fast, decoder = compiled(mode, peer_of(unet)), peer_of(vae)
+            compiled(mode, decoder, decoder.decoder)
+            works["diffusers compiled"] = diffusers(fast, decoder, schedule, texts, settings)
+        works["minipic graph"] = partial(draw, graph=True)
+    # Of one step: through many steps of a network of random weights, differences of rounding grow without bound.
+    agree({name: partial(work, steps=1) for name, work in works.items()}, 2e-2 if case.kind == "fp32" else 0.2)
     meta = {name: torch.cat([x, x]).to("meta") for name, x in given.items()}
     count = steps * flops(unet, lambda unet: unet(**meta)) + flops(vae, lambda vae: vae.decode(given["x"].to("meta")))
     return compare(f"{case}, {steps} steps", works, count, case.kind, rounds)
 
 
 def main():
-    chosen = options(__doc__, CASES, steps=30, rounds=5)
-    results = {f"{case}, {chosen.steps} steps": run(case, chosen.steps, chosen.rounds) for case in chosen.cases}
-    print(record("picture", results, rounds=chosen.rounds))
+    chosen = options(__doc__, CASES, compiles=True, steps=30, rounds=5)
+    results = {}
+    for case in chosen.cases:
+        results[f"{case}, {chosen.steps} steps"] = run(case, chosen.steps, chosen.rounds, chosen.compile)
+    print(record_here("picture", results, rounds=chosen.rounds, compile=chosen.compile))
 
 
 if __name__ == "__main__":

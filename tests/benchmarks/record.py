@@ -16,10 +16,20 @@ def processor():
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
+def device():
+    """Where the experiments train and draw: "cuda" or "cpu". All scores are computed on the CPU, in fp32."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def hardware():
+    """What a row of a table was made on: other rows of the same file may come from another machine."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": processor(), "gpu": gpu}
+
+
 def machine():
     """What a measurement depends on besides its command: date, hardware, versions."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"date": time.strftime("%Y-%m-%d"), "cpu": processor(), "threads": torch.get_num_threads(), "gpu": gpu,
+    return {"date": time.strftime("%Y-%m-%d"), **hardware(), "threads": torch.get_num_threads(),
             "python": platform.python_version(), "torch": torch.__version__}
 
 

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "benchmarks")]
 import peers  # noqa: E402
+from record import record  # noqa: E402
 
 from minipic.kernels import norm_backend  # noqa: E402
 from minipic.layers import attention  # noqa: E402
@@ -24,6 +25,7 @@ from minipic.models.vae import SDXL_VAE, VAE  # noqa: E402
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 FULL = {"unet": (UNet, SDXL_BASE), "vae": (VAE, SDXL_VAE)}
 
 
@@ -75,12 +77,18 @@ class Case(NamedTuple):
         return model.to(memory_format=memory_format(DTYPES[self.kind]))
 
 
-def options(doc, cases, rounds=30 if GPU else 5, **more):
-    """The command line: which cases, how often, and whole numbers besides. The default is `cases`."""
+def options(doc, cases, rounds=30 if GPU else 5, compiles=False, **more):
+    """The command line: which cases, how often, and whole numbers besides. The default is `cases`.
+
+    compiles: whether the program compiles diffusers' network on a GPU, and so has --compile.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", type=Case.read, default=[Case.read(case) for case in cases.split()])
     for name, default in ({"rounds": rounds} | (more or {"batch": 2 if GPU else 1})).items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    if compiles:
+        parser.add_argument("--compile", choices=("off", *COMPILE_MODES), default="max-autotune", help="torch.compile of "
+                            "diffusers' network on a GPU; the search of max-autotune takes minutes")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     return chosen
@@ -111,8 +119,8 @@ def with_kernels(work, norms="triton", attend="flash"):
     """The same work with these backends of the norms and, where ours can do it, of attention (None: as chosen)."""
     default = attention.choose_backend
 
-    def choose_attention(q, k):
-        return attend if attend and q.shape[-1] in (32, 64, 128) else default(q, k)
+    def choose_attention(q, k, hides_keys=False):
+        return attend if attend and q.shape[-1] in (32, 64, 128) else default(q, k, hides_keys)
 
     def run():
         with (mock.patch.object(norm_backend, "choose_norm_backend", lambda x: norms),
@@ -121,14 +129,19 @@ def with_kernels(work, norms="triton", attend="flash"):
     return run
 
 
-def compiled(other, *parts):
-    """diffusers as its guide to speed has it: channels-last, fused projections, torch.compile at its most thorough of
-    the network, or of its `parts`."""
+def compiled(mode, other, *parts):
+    """diffusers as its guide to speed has it: channels-last, fused projections, torch.compile of the network, or of its
+    `parts`."""
     other.fuse_qkv_projections()
     other.to(memory_format=torch.channels_last)
     for part in parts or [other]:
-        part.compile(mode="max-autotune")
+        part.compile(mode=mode)
     return other
+
+
+def record_here(name, results, **settings):
+    """`record` as NAME.json, on a GPU as NAME-gpu.json."""
+    return record(f"{name}-gpu" if GPU else name, results, **settings)
 
 
 def flops(model, run):

@@ -1,19 +1,20 @@
-"""One LoRA training step of the UNet beside diffusers': time and peak memory. Writes train_step.json beside.
+"""One LoRA training step of the UNet beside diffusers': time and peak memory. Writes train_step.json beside,
+on a GPU train_step-gpu.json.
 
-    python tests/benchmarks/train_step.py [sdxl-512-bf16 tiny-64-fp32 ...] [--batch 1] [--rounds 30]
+    python tests/benchmarks/train_step.py [sdxl-512-bf16 tiny-64-fp32 ...] [--batch 4] [--rounds 30]
 
-Rank 8 on every attention projection, AdamW, activations recomputed in the backward pass, latents and text at hand. Both
+With one sample and with --batch. Rank 8 on every attention projection, AdamW, activations recomputed in the backward pass, latents and text at hand. Both
 networks carry the same LoRA layers, minipic's, so that the networks and their checkpointing are what is compared.
 The peak is the whole process's on a CPU, of the tensors on a GPU: weights of 16 bits are 5.1 GB of it at full size.
 """
 
 import re
+from itertools import product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from record import record
-from side_by_side import GPU, Case, compare, flops, options, peer_of, unet_inputs, with_kernels
+from side_by_side import GPU, Case, compare, flops, options, peer_of, record_here, unet_inputs, with_kernels
 
 from minipic.layers import lora
 
@@ -71,9 +72,11 @@ def run(case: Case, batch, rounds):
 
 
 def main():
-    chosen = options(__doc__, CASES)
-    results = {f"{case}, batch {chosen.batch}": run(case, chosen.batch, chosen.rounds) for case in chosen.cases}
-    print(record("train_step", results, rounds=chosen.rounds))
+    chosen = options(__doc__, CASES, batch=4 if GPU else 1)
+    results = {}
+    for case, batch in product(chosen.cases, sorted({1, chosen.batch})):
+        results[f"{case}, batch {batch}"] = run(case, batch, chosen.rounds)
+    print(record_here("train_step", results, rounds=chosen.rounds))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@
 
 The text is read once a drawing, so that its keys and values are no part of minipic's step; diffusers has no such place.
 On a CPU both run as they come. On a GPU diffusers also compiled, minipic also as one CUDA graph, as it draws there, and
-that with other kernels. `--compile 0` leaves out the compiled one, which takes minutes. Writes unet_step-gpu.json there.
+that with other kernels. Writes unet_step-gpu.json there.
 """
 
 import torch
-from record import record
-from side_by_side import GPU, Case, agree, compare, compiled, flops, options, peer_of, unet_inputs, with_kernels
+from side_by_side import GPU, Case, agree, compare, compiled, flops, options, peer_of, record_here, unet_inputs, \
+    with_kernels
 
 from minipic.kernels.cuda_graph import graphed
 
@@ -17,7 +17,7 @@ CASES = "tiny-64-bf16 sdxl-1024-bf16" if GPU else "tiny-64-fp32 sdxl-512-bf16 sd
 
 
 @torch.no_grad()
-def run(case: Case, batch, rounds, max_autotune=True):
+def run(case: Case, batch, rounds, mode):
     unet = case.network("unet")
     given = unet_inputs(unet, case, batch)
     read = unet.text_keys_values(given["context"])
@@ -26,12 +26,12 @@ def run(case: Case, batch, rounds, max_autotune=True):
     works = {"diffusers": lambda: peer(x, t, given["context"], added_cond_kwargs=added).sample,
              "minipic": lambda: unet(x, t, read, *rest)}
     if GPU:
-        if max_autotune:
-            fast = compiled(peer_of(unet))
+        if mode != "off":
+            fast = compiled(mode, peer_of(unet))
             works["diffusers compiled"] = lambda: fast(x, t, given["context"], added_cond_kwargs=added).sample
         works["minipic graph"] = graphed(works["minipic"])
         works["minipic graph, plain norms"] = graphed(with_kernels(works["minipic"], "plain", None))
-        works["minipic graph, flash attention"] = graphed(with_kernels(works["minipic"]))
+        works["minipic graph, PyTorch's attention"] = graphed(with_kernels(works["minipic"], attend="sdpa"))
     agree(works, 1e-4 if case.kind == "fp32" else 5e-2)
     count = flops(unet, lambda meta: meta(x.to("meta"), t.to("meta"), given["context"].to("meta"),
                                           *(value.to("meta") for value in rest)))
@@ -39,9 +39,11 @@ def run(case: Case, batch, rounds, max_autotune=True):
 
 
 def main():
-    chosen = options(__doc__, CASES, batch=2 if GPU else 1, compile=1)
-    results = {f"{case}, batch {chosen.batch}": run(case, chosen.batch, chosen.rounds, chosen.compile) for case in chosen.cases}
-    print(record("unet_step-gpu" if GPU else "unet_step", results, rounds=chosen.rounds))
+    chosen = options(__doc__, CASES, compiles=True, batch=2 if GPU else 1)
+    results = {}
+    for case in chosen.cases:
+        results[f"{case}, batch {chosen.batch}"] = run(case, chosen.batch, chosen.rounds, chosen.compile)
+    print(record_here("unet_step", results, rounds=chosen.rounds, compile=chosen.compile))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The VAE beside diffusers': pictures to latents and back. Writes vae.json beside.
+"""The VAE beside diffusers': pictures to latents and back. Writes vae.json beside,
+on a GPU vae-gpu.json.
 
     python tests/benchmarks/vae.py [sdxl-512-bf16 tiny-64-fp32 ...] [--batch 1] [--rounds 30]
 
@@ -7,8 +8,8 @@ that with other kernels.
 """
 
 import torch
-from record import record
-from side_by_side import DEVICE, DTYPES, GPU, Case, agree, compare, compiled, flops, options, peer_of, with_kernels
+from side_by_side import DEVICE, DTYPES, GPU, Case, agree, compare, compiled, flops, options, peer_of, record_here, \
+    with_kernels
 
 from minipic.kernels.cuda_graph import graphed
 
@@ -16,7 +17,7 @@ CASES = "tiny-64-bf16 sdxl-1024-bf16" if GPU else "tiny-64-fp32 sdxl-512-bf16 sd
 
 
 @torch.no_grad()
-def run(case: Case, batch, rounds):
+def run(case: Case, batch, rounds, mode):
     vae = case.network("vae")
     peer, tolerance = peer_of(vae), 1e-4 if case.kind == "fp32" else 5e-2
     image = torch.randn(batch, 3, case.side, case.side, device=DEVICE, dtype=DTYPES[case.kind]).clamp(-1, 1)
@@ -25,10 +26,11 @@ def run(case: Case, batch, rounds):
              "encode": {"diffusers": lambda: peer.encode(image).latent_dist.mean,
                         "minipic": lambda: vae.encode(image)[0]}}
     if GPU:
-        fast = peer_of(vae)
-        compiled(fast, fast.encoder, fast.decoder)
-        works["decode"]["diffusers compiled"] = lambda: fast.decode(z).sample
-        works["encode"]["diffusers compiled"] = lambda: fast.encode(image).latent_dist.mean
+        if mode != "off":
+            fast = peer_of(vae)
+            compiled(mode, fast, fast.encoder, fast.decoder)
+            works["decode"]["diffusers compiled"] = lambda: fast.decode(z).sample
+            works["encode"]["diffusers compiled"] = lambda: fast.encode(image).latent_dist.mean
         for each in works.values():
             each["minipic, fused norms"] = with_kernels(each["minipic"], attend=None)
             each["minipic graph"] = graphed(each["minipic"])
@@ -42,10 +44,12 @@ def run(case: Case, batch, rounds):
 
 
 def main():
-    chosen = options(__doc__, CASES)
-    results = {f"{name}, {case}, batch {chosen.batch}": rows for case in chosen.cases
-               for name, rows in run(case, chosen.batch, chosen.rounds).items()}
-    print(record("vae", results, rounds=chosen.rounds))
+    chosen = options(__doc__, CASES, compiles=True)
+    results = {}
+    for case in chosen.cases:
+        for name, rows in run(case, chosen.batch, chosen.rounds, chosen.compile).items():
+            results[f"{name}, {case}, batch {chosen.batch}"] = rows
+    print(record_here("vae", results, rounds=chosen.rounds, compile=chosen.compile))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,7 @@ if [ "$TOY" ]; then
     step 200 python tests/benchmarks/train_step.py tiny-64-fp32 --rounds 1
     step 200 python train.py t2i --scenes 8 --batch 4 --steps 2 --sample-every 0 --out "$OUT/t2i"
 else
-    for batch in 1 4; do
-        step 120 python tests/benchmarks/train_step.py sdxl-1024-bf16 --batch $batch --rounds 10
-        mkdir -p "$OUT/batches"
-        cp tests/benchmarks/train_step-gpu.json "$OUT/batches/train_step-gpu-$batch.json"
-    done
+    step 150 python tests/benchmarks/train_step.py sdxl-1024-bf16 --rounds 10
     for batch in 64 512; do
         step 120 python train.py t2i --scenes 4096 --batch $batch --steps 120 --sample-every 0 --out "$OUT/t2i-$batch"
     done

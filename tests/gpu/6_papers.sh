@@ -1,12 +1,9 @@
 #!/usr/bin/env bash
-# The papers' experiments at their GPU size. Each program keeps what is finished and goes on from there the next time.
+# The papers' experiments, 6 processes at once on one GPU, the most important first. tests/gpu/papers.py --merge fills the tables.
 source "$(dirname "$0")/setup.sh"
 if [ "$TOY" ]; then
-    step 300 python tests/benchmarks/mtu.py --size toy --seeds 1 --only untouched --out "$OUT/mtu.json" --runs "$OUT/mtu"
+    step 400 python tests/gpu/papers.py --out "$OUT" --size toy --jobs 2 --seconds 360 --only mtu-n4-0 --only baselines-edges-1
 else
-    step 130 python tests/benchmarks/mtu.py --size gpu
-    step 130 python tests/benchmarks/indomain.py --size gpu
-    step 130 python tests/benchmarks/specialist.py --size gpu
-    step 130 python tests/benchmarks/baselines.py --only "ONE-PIC, interlaced, edges" --only "ONE-PIC, side, edges"
+    step 430 python tests/gpu/papers.py --out "$OUT" --seconds 380
 fi
 keep

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# With a network: fetch what a machine with PyTorch for CUDA lacks into .wheels (the peers and small packages; no torch,
-# no triton, whose builds must be the machine's own).
+# With a network: fetch diffusers, which a machine with PyTorch for CUDA and transformers lacks, into .wheels. All of it
+# is plain Python, so that the machine's version of Python does not matter.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-mkdir -p .wheels
-grep -v -e '^torch' -e '^triton' requirements.txt tests/requirements.txt -h | sed 's/ *#.*//' > .wheels/requirements.txt
-python -m pip download --quiet --no-deps --dest .wheels -r .wheels/requirements.txt
-python -m pip download --quiet --no-deps --dest .wheels importlib_metadata zipp
+rm -rf .wheels
+peer=$(grep -o -e "^diffusers==[0-9.]*" tests/requirements.txt)
+python -m pip download --quiet --no-deps --dest .wheels "$peer"
+python -m pip download --quiet --dest .wheels importlib_metadata
 ls .wheels
