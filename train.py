@@ -14,6 +14,7 @@ in minipic/papers/__init__.py.
 
 import dataclasses
 import importlib
+import os
 import sys
 import textwrap
 import time
@@ -38,9 +39,10 @@ from minipic.training.processes import (
     Loss, anyone, distribute, end_processes, gather_numbers, sample_indices, say,
     seed_everything, start_processes, synchronize_gradients, wait_for_everyone)
 from minipic.training.run import (
-    Run, Stopped, StopSignal, append_log, check_finite, lasting_output, start_log,
+    Clock, Numbers, Run, Stopped, StopSignal, append_log, check_finite, lasting_output, start_log,
     whole_and_averaged)
 from minipic.training.settings import TrainSettings
+from minipic.training.workers import check_workers, choose_workers, in_order
 from minipic.weights.files import check_writable, replacing
 
 RECIPES = {
@@ -104,12 +106,16 @@ def print_recipes():
 
 
 def fill_in_defaults(config: TrainSettings, name: str) -> TrainSettings:
-    """The settings with what was left empty: the folders, and the precision fast on this device."""
+    """The settings with what was left empty: the folders, and what is fast on this device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = config.out or f"runs/{name}"
     save = config.save or f"{out}/model"
     precision = config.precision or ("bf16" if computes_bf16(device) else "fp32")
-    return dataclasses.replace(config, out=out, save=save, precision=precision)
+    workers = config.workers
+    if workers is None:
+        workers = choose_workers(device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    check_workers(workers)
+    return dataclasses.replace(config, out=out, save=save, precision=precision, workers=workers)
 
 
 def train(
@@ -119,6 +125,7 @@ def train(
 
     rank, world_size, device: see `start_processes`.
     """
+    clock = Clock(config.minutes, time.monotonic())
     settings = {"recipe": name, **dataclasses.asdict(config)}
     for key, value in {**settings, "device": device, "processes": world_size}.items():
         say(f"{key:22} {value}")
@@ -130,64 +137,92 @@ def train(
         total = sum(param.numel() for param in run.model.parameters())
         say(f"training {trained:,} of {total:,} weights")
         start, rows = resume(run, config, source, rank)
+        clock.start_training(source)
     if stop.interrupted:
         say(f"stopped by {stop.name} before training began; nothing is lost")
         return
 
+    def prepare(step: int) -> list[tuple[list[int], dict]]:
+        """The micro-batches of a step, each with the numbers of its samples."""
+        batches = []
+        for indices in sample_indices(config, step, rank, world_size):
+            batches.append((indices, data.batch(step, indices)))
+        return batches
+
+    on_gpu = device.type == "cuda"
+    time_share = clock.share()
+    steps = range(start, config.steps)
+    if start and time_share == 1:  # the time was over before: only the export is left
+        steps = range(start, start)
+    prepared = in_order(prepare, steps, config.workers, pin_memory=on_gpu)
     done = saved = logged = start
+    unchecked = []  # Numbers of the latest steps
     stopped = False
+    if config.minutes:
+        spent = clock.times()["minutes_spent"]
+        say(f"--minutes {config.minutes:g}: the learning rate follows the time, "
+            f"{spent:.2f} have passed")
     logged_at = time.perf_counter()
     seconds = 0.2 if sys.stderr.isatty() else 10  # between updates of the bar; few in a log file
     bar = tqdm(
-        range(start, config.steps), name, initial=start, total=config.steps, disable=rank > 0,
-        mininterval=seconds)
+        steps, name, initial=start, total=config.steps, disable=rank > 0, mininterval=seconds)
     for step in bar:
-        lr = learning_rate(config, step)
+        lr = learning_rate(config, step, time_share)
         set_learning_rate(run.optimizer, lr)
 
         # Forward and backward. Only buffers change before the step is complete.
         buffers = [buffer.clone() for buffer in run.model.buffers()]
         with stop.at_once():
-            numbers, columns = compute_gradients(run, data, config, step, rank, world_size, device)
+            batches = next(prepared)
+            values, columns = compute_gradients(run, data, config, batches, device)
         if stop.interrupted:
             for buffer, value in zip(run.model.buffers(), buffers):
                 buffer.copy_(value)
             stopped = True
             break
 
-        # Step.
+        # Step. Nothing here waits for a GPU.
         gradient_norm = clip_gradients(run.params, config.max_grad_norm)
-        # [processes, micro-batches, numbers]; the loss is the first number.
-        table = gather_numbers(numbers, rank, world_size, device)
-        check_finite(config, step, table[:, :, 0], gradient_norm, saved)
+        table = gather_numbers(values, rank, world_size, device)
+        unchecked.append(Numbers(step, table, gradient_norm))
         run.optimizer.step()
         run.optimizer.zero_grad()
         run.ema.update(step)
 
-        # Log, save, draw.
+        # Check, log, save, draw.
         done = step + 1
-        is_last = done == config.steps
-        if rank == 0 and (done % config.log_every == 0 or is_last):
+        time_share = clock.share()
+        is_last = done == config.steps or time_share == 1
+        logs = done % config.log_every == 0 or is_last
+        saves = done % config.save_every == 0 or is_last
+        draws = config.sample_every and (done % config.sample_every == 0 or is_last)
+        if logs or saves or draws:
+            check_finite(config, unchecked, saved)
+            unchecked.clear()
+        if logs and rank == 0:
             now = time.perf_counter()
             means = dict(zip(columns, table.mean((0, 1)).tolist()))
             speed = round((done - logged) * config.batch / (now - logged_at), 1)
             row = {
-                "step": done, **means, "lr": lr, "gradient_norm": gradient_norm,
+                "step": done, **means, "lr": lr, "gradient_norm": float(gradient_norm),
                 "samples_per_s": speed}
+            if config.minutes:
+                row["time_share"] = time_share
             append_log(config.out, rows, row)
             bar.set_postfix(loss=f"{means['loss']:.4g}", refresh=False)
             logged = done
             logged_at = now
-        if done % config.save_every == 0 or is_last:
-            save(run, done, settings, inputs, rank)
+        if saves:
+            save(run, done, settings | clock.times(), inputs, rank)
             saved = done
         stopped = anyone(bool(stop.name))
-        if not stopped and config.sample_every and (done % config.sample_every == 0 or is_last):
+        if draws and not stopped:
             with stop.at_once():
                 draw(recipe, run, done, config, data, rows, rank)
             stopped = stop.interrupted
-        if stopped:
+        if stopped or is_last:
             break
+    prepared.close()
 
     if not stopped:
         with stop.at_once(), whole_and_averaged(run):
@@ -197,10 +232,15 @@ def train(
         stopped = stop.interrupted
     bar.close()
     if not stopped:
+        if done < config.steps:
+            say(
+                f"--minutes {config.minutes:g}: the time is over after step {done} of "
+                f"{config.steps}")
         say(f"finished weights: {config.save}")
         return
     if done > saved:
-        save(run, done, settings, inputs, rank)
+        check_finite(config, unchecked, saved)
+        save(run, done, settings | clock.times(), inputs, rank)
     reason = stop.name or "a signal"
     say(f"stopped by {reason} after step {done}, saved; go on with --resume latest")
 
@@ -235,19 +275,22 @@ def check_folders(
 
 
 def compute_gradients(
-        run: Run, data: object, config: TrainSettings, step: int, rank: int, world_size: int,
+        run: Run, data: object, config: TrainSettings, batches: list[tuple[list[int], dict]],
         device: torch.device) -> tuple[list[list], list[str]]:
-    """Forward and backward of one step, in parts that fit into memory.
+    """Forward and backward of one step, in parts that fit into memory, one for each of `batches`.
 
-    Returns for each micro-batch [loss, values to log], and the names of these.
+    batches: (numbers of its samples, what data.batch gave) for each of these parts.
+    Returns for each of them [loss, values to log], and the names of these.
     """
     numbers = []
-    for micro, indices in enumerate(sample_indices(config, step, rank, world_size)):
-        batch = to_device(data.batch(step, indices), device)
+    for micro, (indices, batch) in enumerate(batches):
+        batch = to_device(batch, device)
         # Seeded by the first sample's number, so that dropout is the same after a resume.
         seed_everything(rng(config.seed, "loss", indices[0]).initial_seed(), device)
         synchronize_gradients(run.loss, on=micro == config.gradient_accumulation - 1)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            if hasattr(data, "finish"):
+                data.finish(batch)
             loss, logged_values = run.loss(batch)
         (loss / config.gradient_accumulation).backward()
         numbers.append([loss, *logged_values.values()])
@@ -256,13 +299,16 @@ def compute_gradients(
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """The tensors of a batch, and of batches in it, on the device; the rest as it is."""
+    """The tensors of a batch, and of batches in it, on the device; the rest as it is.
+
+    Timesteps `t` stay on the CPU, where a schedule looks them up.
+    """
     moved = {}
     for key, value in batch.items():
         if isinstance(value, dict):
             value = to_device(value, device)
-        elif torch.is_tensor(value):
-            value = value.to(device)
+        elif torch.is_tensor(value) and key != "t":
+            value = value.to(device, non_blocking=True)
         moved[key] = value
     return moved
 
@@ -271,8 +317,8 @@ def build(recipe: ModuleType, config: TrainSettings, device: torch.device) -> tu
     """Model, optimizer, average and data of a recipe. Returns (Run, data)."""
     seed_everything(config.seed, device)
     model = recipe.build(config)
-    if device.type == "cpu":
-        choose_threads(sum(param.nbytes for param in model.parameters()))
+    on_cpu = device.type == "cpu"  # otherwise a CPU only prepares the pictures
+    choose_threads(sum(param.nbytes for param in model.parameters()) if on_cpu else 0)
     # `setup` returns the parameters to train; all others are frozen below.
     trained = {id(param) for param in recipe.setup(model, config)}
     names = {name for name, param in model.named_parameters() if id(param) in trained}

@@ -5,6 +5,7 @@ LoRA. A training picture is a world.pictures.Picture or PairPicture, or a traini
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,10 +23,12 @@ from minipic.training.photos import Photo, read_folder
 from minipic.training.processes import say
 from minipic.training.settings import (
     DenoisingSettings, LoraSettings, PairSettings, PhotoSettings)
+from minipic.training.workers import in_order
 from minipic.weights import save_lora
-from minipic.world.pictures import PairPicture, Picture, task_pairs
+from minipic.world.pictures import CHUNK, PairPicture, Picture, compose, task_pairs
 
 SMALLEST_MULTIPLE = 16  # of the sides of training pictures
+CACHE_BYTES = 1 << 29   # of encoded captions
 
 TrainingPicture = Picture | PairPicture | Photo
 
@@ -59,38 +62,67 @@ def read_photos(pipeline: Pipeline, config: PhotoSettings, folder: str) -> list[
     return read_folder(folder, resolution, multiple, skip_bad, config.caption, say)
 
 
+def world_pictures(config: DenoisingSettings, count: int) -> list[Picture]:
+    """Pictures 0 to count - 1 of the world."""
+    return list(in_order(partial(compose, config.seed), range(count), config.workers))
+
+
 def world_pairs(
-        task: str, pipeline: Pipeline, config: PairSettings, first: int,
-        count: int) -> list[PairPicture]:
-    """Pairs first to first + count - 1 of a task, as PairPictures of config.resolution."""
+        task: str, pipeline: Pipeline, config: PairSettings, first: int, count: int,
+        **options: int) -> list[PairPicture]:
+    """Pairs first to first + count - 1 of a task, as PairPictures of config.resolution.
+
+    options: of the task.
+    """
     width, height = pipeline.size
     size = config.resolution or height, config.resolution or width
-    return task_pairs(task, config.seed, range(first, first + count), size)
+
+    def make(start: int) -> list[PairPicture]:
+        end = min(start + CHUNK, first + count)
+        return task_pairs(task, config.seed, range(start, end), size, **options)
+
+    pairs = []
+    for some in in_order(make, range(first, first + count, CHUNK), config.workers):
+        pairs += some
+    return pairs
 
 
 # Latents and text ---------------------------------------------------------------------------------
 
 @torch.no_grad()
-def encode_pictures(vae: VAE, pictures: list[TrainingPicture]) -> list[torch.Tensor]:
-    """Scaled latents of all pictures: a list of [2,4,h,w], mean and deviation, in 16 bits."""
+def encode_pictures(
+        vae: VAE, pictures: list[TrainingPicture], workers: int | None = 0) -> list[torch.Tensor]:
+    """Scaled latents of all pictures: a list of [2,4,h,w], mean and deviation, in 16 bits.
+
+    workers: processes that draw the pictures.
+    """
     at_once = pictures[0].encoded_at_once
     latents = [None] * len(pictures)
     by_size = sorted(range(len(pictures)), key=lambda i: pictures[i].size)
-    starts = range(0, len(by_size), at_once)
-    for start in tqdm(starts, "latents", disable=len(pictures) == 1, leave=False, mininterval=2):
+
+    def draw(start: int) -> list[tuple[list[int], torch.Tensor]]:
         rows_of_size = {}
         for i in by_size[start:start + at_once]:
             rows_of_size.setdefault(pictures[i].size, []).append(i)
+        drawn = []
         for rows in rows_of_size.values():
-            moments = scaled_moments(vae, [pictures[i] for i in rows])
-            for i, row in zip(rows, moments):
+            images = pictures[0].draw([pictures[i] for i in rows])
+            drawn.append((rows, torch.stack(images)))
+        return drawn
+
+    starts = range(0, len(by_size), at_once)
+    for drawn in tqdm(
+            in_order(draw, starts, workers), "latents", total=len(starts),
+            disable=len(pictures) == 1, leave=False, mininterval=2):
+        for rows, images in drawn:
+            for i, row in zip(rows, scaled_moments(vae, images)):
                 latents[i] = row
     return latents
 
 
-def scaled_moments(vae: VAE, pictures: list[TrainingPicture]) -> torch.Tensor:
-    """Pictures of one size -> [B,2,4,h,w], mean and deviation of scaled latents, in 16 bits."""
-    images = torch.stack(pictures[0].draw(pictures)).to(next(vae.parameters()))
+def scaled_moments(vae: VAE, images: torch.Tensor) -> torch.Tensor:
+    """Pictures [B,3,H,W] -> [B,2,4,h,w], mean and deviation of scaled latents, in 16 bits."""
+    images = images.to(next(vae.parameters()))
     device = images.device
     with torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device)):
         mean, logvar = vae.encode(images)
@@ -107,7 +139,7 @@ def encode_text(
         context, pooled = encode_prompts(texts, pipeline.tokenizers_and_encoders, pipeline.is_sdxl)
         if pipeline.zeros_for_empty_prompt:
             is_given = [caption is not None for caption in captions]
-            is_given = torch.tensor(is_given, device=context.device)[:, None]
+            is_given = torch.tensor(is_given)[:, None].to(context.device, non_blocking=True)
             context = context.where(is_given[:, :, None], 0)
             pooled = pooled.where(is_given, 0)
     return context, pooled
@@ -124,13 +156,52 @@ def encode_captions(pipeline: Pipeline, photos: list[Photo]) -> dict:
     return encoded
 
 
+class CaptionCache:
+    """Captions encoded by frozen text encoders, each once: the first ones up to CACHE_BYTES.
+
+    A text must not depend on what is in the cache, and the order in which numbers are added up
+    depends on how many texts are encoded together. So it is always the same number of them.
+    """
+
+    def __init__(self, pipeline: Pipeline):
+        self.pipeline = pipeline
+        self.encoded = {}  # {caption: (context [N,D], pooled [D])}
+
+    def __call__(self, captions: list[str | None]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What `encode_text` gives for B captions."""
+        on_gpu = self.pipeline.device.type == "cuda"
+        at_once = min(len(captions), 64 if on_gpu else 16)
+        rows = {}
+        for caption in captions:
+            rows[caption] = self.encoded.get(caption)
+        missing = [caption for caption, row in rows.items() if row is None]
+        for start in range(0, len(missing), at_once):
+            some = missing[start:start + at_once]
+            fill = [None] * (at_once - len(some))
+            context, pooled = encode_text(self.pipeline, some + fill)
+            for i, caption in enumerate(some):
+                rows[caption] = context[i], None if pooled is None else pooled[i]
+                self.keep(caption, *rows[caption])
+        encoded = [rows[caption] for caption in captions]
+        context = torch.stack([context for context, _ in encoded])
+        pooled = None
+        if encoded[0][1] is not None:
+            pooled = torch.stack([pooled for _, pooled in encoded])
+        return context, pooled
+
+    def keep(self, caption: str | None, context: torch.Tensor, pooled: torch.Tensor | None):
+        """Keep an encoded caption, if there is room."""
+        if (len(self.encoded) + 1) * context.nbytes <= CACHE_BYTES:
+            self.encoded[caption] = context.clone(), None if pooled is None else pooled.clone()
+
+
 class LatentData:
     """Batches of latents, made of pictures once, before training.
 
     A bucket is all pictures of one size (H, W). Each batch is of one bucket, because only latents
     of one size can be stacked. A bucket is chosen as often as it has pictures, of which each counts
     `repeats` times.
-    texts: what `encode_captions` made of all captions; without it they are encoded in every step.
+    texts: what `encode_captions` made of all captions; without it `finish` encodes them.
     """
 
     def __init__(
@@ -140,10 +211,15 @@ class LatentData:
         self.pictures = pictures
         self.texts = texts
         self.schedule = pipeline.schedule
-        self.latents = encode_pictures(pipeline.vae, pictures)
-        self.buckets = {}  # {size: the numbers of its pictures}
+        self.captions = CaptionCache(pipeline)
+        self.latents = encode_pictures(pipeline.vae, pictures, config.workers)
+        self.buckets = {}  # {what `bucket` calls it: the numbers of its pictures}
         for i, picture in enumerate(pictures):
-            self.buckets.setdefault(picture.size, []).extend([i] * picture.repeats)
+            self.buckets.setdefault(self.bucket(i), []).extend([i] * picture.repeats)
+
+    def bucket(self, i: int) -> tuple:
+        """What picture number i shares with all others of its bucket: its size (H, W)."""
+        return self.pictures[i].size
 
     def batch(self, step: int, indices: list[int]) -> dict:
         """x0 and noise [B,4,h,w], t [B], size_ids [B,6], captions (None: left out).
@@ -161,6 +237,11 @@ class LatentData:
             if torch.is_tensor(values[0]):
                 batch[key] = torch.stack(values)
         return batch
+
+    def finish(self, batch: dict):
+        """Add context [B,N,D] and pooled [B,D], unless they are there or have to be trained."""
+        if "context" not in batch and not self.config.train_text:
+            batch["context"], batch["pooled"] = self.captions(batch["captions"])
 
     def sample(self, members: list[int], index: int) -> dict:
         """Training sample number `index`, from one of these pictures."""
@@ -193,30 +274,8 @@ class LatentData:
         sample["rows"] = row
         return sample
 
-
-class SourceData(LatentData):
-    """Latents with source [B,4,h,w]: the given picture, unscaled, or zeros where it is left out.
-
-    sources: the given picture of each of `pictures`, in the same order.
-    """
-
-    def __init__(
-            self, pipeline: Pipeline, pictures: list[TrainingPicture],
-            sources: list[TrainingPicture], config: DenoisingSettings):
-        self.vae = pipeline.vae
-        self.sources = encode_pictures(pipeline.vae, sources)
-        super().__init__(pipeline, pictures, config)
-
-    def batch(self, step: int, indices: list[int]) -> dict:
-        batch = super().batch(step, indices)
-        sources = []
-        for index, row, caption in zip(indices, batch["rows"], batch["captions"]):
-            sources.append(self.source(index, row, caption))
-        batch["source"] = torch.stack(sources)
-        return batch
-
-    def source(self, index: int, row: int, caption: str | None) -> torch.Tensor:
-        """The latent of the given picture, or zeros.
+    def lacks_source(self, index: int, row: int, caption: str | None) -> bool:
+        """Whether training sample number `index` goes without the picture that is given with it.
 
         InstructPix2Pix's guidance needs predictions without the picture and without the caption. Of
         all samples, a share of caption_dropout / 2 lacks the picture alone, as many the caption
@@ -230,9 +289,36 @@ class SourceData(LatentData):
             without_picture = 0.5
         # The word in the key is an old one: another would change what every seed trains.
         u = torch.rand((), generator=rng(self.config.seed, "told", index))
-        if u < without_picture:
-            return torch.zeros_like(self.sources[row][0], dtype=torch.float32)
-        return self.vae.unscale(self.sources[row][0].float())
+        return bool(u < without_picture)
+
+
+class SourceData(LatentData):
+    """Latents with source [B,4,h,w]: the given picture, unscaled, or zeros where it is left out.
+
+    sources: the given picture of each of `pictures`, in the same order.
+    """
+
+    def __init__(
+            self, pipeline: Pipeline, pictures: list[TrainingPicture],
+            sources: list[TrainingPicture], config: DenoisingSettings):
+        self.vae = pipeline.vae
+        self.sources = encode_pictures(pipeline.vae, sources, config.workers)
+        super().__init__(pipeline, pictures, config)
+
+    def batch(self, step: int, indices: list[int]) -> dict:
+        batch = super().batch(step, indices)
+        sources = []
+        for index, row, caption in zip(indices, batch["rows"], batch["captions"]):
+            sources.append(self.source(index, row, caption))
+        batch["source"] = torch.stack(sources)
+        return batch
+
+    def source(self, index: int, row: int, caption: str | None) -> torch.Tensor:
+        """The latent of the given picture, or zeros."""
+        mean = self.sources[row][0].float()
+        if self.lacks_source(index, row, caption):
+            return torch.zeros_like(mean)
+        return self.vae.unscale(mean)
 
 
 # The loss -----------------------------------------------------------------------------------------
@@ -256,7 +342,7 @@ def denoising_loss(
     def predict(x, t):
         return network(x, t, context, pooled, batch["size_ids"], None)
 
-    timesteps = batch["t"].cpu()
+    timesteps = batch["t"].cpu()  # train.py has left them there
     loss = pipeline.schedule.objective.loss(
         predict, batch["x0"], batch["noise"], timesteps, config.min_snr or None,
         config.balanced, where)

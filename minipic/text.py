@@ -44,7 +44,7 @@ def text_states(
     text, and the last layer gathers it; the layer before says more of each word.
     SD 1.5 and 2.x: the last layer after the final norm, and no pooled vector.
     """
-    ids = ids.to(next(encoder.parameters()).device)
+    ids = ids.to(next(encoder.parameters()).device, non_blocking=True)
     end_token = ids[:, :1] + 1  # a row begins with START, and END is the next in the vocabulary
     hidden_states, pooled = encoder(ids, end_token)
     if sdxl:

@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "weights"))
 import make  # noqa: E402
 
 from minipic.pipeline import Pipeline  # noqa: E402
+from minipic.weights import read_weights  # noqa: E402
 
 
 @pytest.mark.parametrize("size", make.SIZES)
@@ -32,7 +34,8 @@ def test_the_plan_counts_samples(capsys, tmp_path):
 
 def test_an_unknown_stage_is_named(capsys):
     assert make.main(["unet"]) == 2
-    assert capsys.readouterr().err == "make.py: stage 'unet' is unknown; choose of judge, clip, vae, t2i, adapters\n"
+    stages = "judge, clip, vae, t2i, panels, adapters"
+    assert capsys.readouterr().err == f"make.py: stage 'unet' is unknown; choose of {stages}\n"
 
 
 @pytest.mark.slow
@@ -70,18 +73,71 @@ def test_a_toy_run_makes_everything_from_nothing(tmp_path, capsys, monkeypatch):
     assert make.main(flags) == 0
     out = capsys.readouterr().out
     assert "judge: made already" in out and "adapters: " in out
+    assert not (tmp_path / "work" / "panels.json").exists()
+    assert make.main([*flags, "panels"]) == 0
+    note = json.loads((tmp_path / "work" / "panels.json").read_text())
+    note["quality"]["gain"] = 0.0  # so that they are kept
+    (tmp_path / "work" / "panels.json").write_text(json.dumps(note))
+    assert make.main([*flags, "adapters"]) == 0
+    assert "made already" not in capsys.readouterr().out  # for another base
     notes = {name: json.loads((tmp_path / "work" / f"{name}.json").read_text()) for name in make.STAGES}
+    assert notes["adapters"]["base"] == "panels" and notes["panels"]["samples"] == 4
     assert notes["vae"]["samples"] == 4 and notes["vae"]["quality"]["dB"] > 0
     assert notes["t2i"]["quality"].keys() == make.quality.SETS.keys()
 
     monkeypatch.setattr(make, "run", lambda *args: pytest.fail("made again"))
     weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "README.md").write_text(f"Before.\n{make.MARK}old\n{make.MARK}After.\n")
     assert make.main([*flags, "--install", "--weights", str(weights)]) == 0
     pipeline = Pipeline.load(weights / "tiny")
     pipeline.add_lora(weights / "adapters" / "sks-torus.safetensors")
     pipeline.add_embedding(weights / "adapters" / "ring.safetensors")
     pipeline.add_controlnet(weights / "adapters" / "edges")
     assert json.loads((weights / "made.json").read_text()) == notes
+    lines = (weights / "README.md").read_text().splitlines()
+    assert lines[0] == "Before." and lines[-1] == "After." and "old" not in lines
+    assert [line.split(" | ")[0] for line in lines[4:-2]] == [f"| {name}" for name in make.STAGES]
+    dB = f"dB {notes['vae']['quality']['dB']:.3g}"
+    assert f"| vae | `train.py vae --save {{model}} --steps 2 --batch 2` | 4 | {notes['vae']['minutes']} | {dB} |" in lines[6]
+    unets = [read_weights(folder / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"]
+             for folder in (weights / "tiny", tmp_path / "work" / "panels", tmp_path / "work" / "model")]
+    assert torch.equal(unets[0], unets[1]) and not torch.equal(unets[0], unets[2])
+
+
+def test_panels_ship_only_if_ordinary_prompts_do_not_suffer(tmp_path):
+    assert make.base_of(tmp_path) == tmp_path / "model"
+    for gain, name in ((0.1, "panels"), (-0.02, "panels"), (-0.021, "model")):
+        (tmp_path / "panels.json").write_text(json.dumps({"quality": {"gain": gain}}))
+        assert make.base_of(tmp_path) == tmp_path / name
+        words, *_ = make.arguments(make.STAGES["adapters"], "toy", tmp_path)
+        assert words[words.index("--model") + 1] == str(tmp_path / name)
+
+
+@pytest.mark.slow
+def test_minutes_end_a_stage_with_what_it_has(tmp_path, monkeypatch, capsys):
+    """Of two commands each has its share of the time; the samples noted are those that were trained on."""
+    long = "judge --save {model} --batch 2 --pool 4 --steps "
+    stage = make.Stage("model/judge/model.safetensors", {"toy": (long + "3000", long + "6000 --lr 1e-4")},
+                       make.not_measured)
+    monkeypatch.setattr(make, "STAGES", {"judge": stage})
+    flags = ["--size", "toy", "--work", str(tmp_path)]
+    assert make.main([*flags, "--minutes", "0.15"]) == 0
+    row = json.loads((tmp_path / "judge.json").read_text())
+    assert 0 < row["samples"] < 18000 and row["minutes_limit"] == 0.15 and 0.15 <= row["minutes"] < 1
+    assert (tmp_path / stage.makes).exists()
+    monkeypatch.setattr(make, "run", lambda words, folder, code, processes, limit: pytest.fail(f"{limit}"))
+    assert make.main([*flags, "--minutes", "0.15"]) == 0
+    assert "judge: made already" in capsys.readouterr().out
+    with pytest.raises(pytest.fail.Exception, match="0.0"):  # without the limit it is another thing
+        make.main(flags)
+    assert make.main([*flags, "--minutes", "-1"]) == 2
+    assert capsys.readouterr().err == "make.py: --minutes: must be at least 0, not -1\n"
+
+
+def test_a_readme_without_marks_is_left_alone(tmp_path):
+    with pytest.raises(make.InputError, match="README.md needs two lines <!-- written by weights/make.py -->"):
+        make.with_table("no marks", [])
 
 
 def test_nothing_is_installed_before_all_is_made(tmp_path, capsys):

@@ -32,6 +32,7 @@ FSDP = ["--fsdp"] if hasattr(FSDPModule, "set_force_sum_reduction_for_comms") el
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_old_checkpoint(tmp_path):
     flags = ["--out", tmp_path / "run", "--width", 801, "--save-every", 10, "--log-every", 100]
     assert toy(*flags, "--steps", 10, "--lr-schedule", "constant") == 0
@@ -182,6 +183,7 @@ sys.exit(train.main(flags))
 """
 
 
+@pytest.mark.slow
 def test_second_signal_stops_at_once(tmp_path):
     run = start_toys(["--out", tmp_path / "run", "--save-every", 1], tmp_path / "said", slow_disk=3)
     until(lambda: list(tmp_path.glob("run/checkpoints/*.tmp")))  # a checkpoint is finished before the first one counts

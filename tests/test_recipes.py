@@ -26,6 +26,7 @@ from minipic.weights import read_weights
 from minipic.world.caption import parse
 from minipic.world.pictures import KINDS, Picture, compose
 from minipic.world.scene import is_held_out, render
+from minipic.world.tasks import TASKS
 
 PICTURES = [compose(3, i) for i in range(400)]
 
@@ -248,6 +249,53 @@ def test_pictures_are_encoded_in_bf16_only_where_that_is_fast(fast, monkeypatch)
     assert seen == [torch.bfloat16 if fast else torch.float32]
 
 
+@torch.no_grad()
+def test_a_share_of_the_samples_are_aligned_panels(monkeypatch):
+    """Each half is the latent of its own picture, and the caption has ONE-PIC's words."""
+    monkeypatch.setattr(latents, "computes_bf16", lambda device: False)
+    pipeline = Pipeline.load(tiny.folder())
+    config = t2i.Settings(precision="fp32", scenes=28, panels=0.5, caption_dropout=0.0)
+    data = t2i.data(pipeline, config)
+    plain = t2i.data(pipeline, replace(config, panels=0.0, scenes=14))
+    assert data.pictures[:14] == plain.pictures == [compose(0, i) for i in range(14)]
+    assert all(torch.equal(a, b) for a, b in zip(data.latents, plain.latents))
+    words = ("its edges", "its depth", "its parts in colours", "a blurred picture", "the picture before",
+             "another view", "the same object")
+    for number, (task, given) in enumerate(zip(t2i.PANELS, words)):
+        pairs = TASKS[task]((0, "panels"), range(2 * number, 2 * number + 2))
+        for k, row in enumerate((14 + 2 * number, 15 + 2 * number)):
+            assert data.pictures[row].caption(rng(0)) == f"two panels: {given} | {pairs.prompts[k]}"
+            assert data.pictures[row].size_ids.tolist() == [64, 128, 0, 0, 64, 128]
+            images = torch.stack([pairs.source[k], pairs.target[k]])
+            images = ((images + 1) * 127.5).round() / 127.5 - 1  # they are kept in 8 bits
+            expected = torch.cat(list(pipeline.vae.scale(pipeline.vae.encode(images)[0])), dim=2)
+            whole = torch.cat(list(images), dim=2)
+            together = pipeline.vae.scale(pipeline.vae.encode(whole[None])[0])[0]
+            close = 0.002 * expected.abs().max()
+            assert (data.latents[row][0].float() - expected).abs().max() < close < (together - expected).abs().max()
+    assert sorted(row for rows in data.buckets.values() for row in rows) == list(range(28))
+    rows = [row for step in range(200) for row in data.batch(step, range(4 * step, 4 * step + 4))["rows"]]
+    assert abs(sum(row >= 14 for row in rows) / 800 - 0.5) < 0.1
+    batch = next(batch for batch in (data.batch(step, range(4)) for step in range(20)) if batch["rows"][0] >= 14)
+    assert batch["x0"].shape == (4, 4, 16, 32) and t2i.loss(pipeline, batch, config).isfinite()
+
+
+@torch.no_grad()
+def test_panels_leave_one_ordinary_picture(monkeypatch):
+    monkeypatch.setattr(latents, "computes_bf16", lambda device: False)
+    data = t2i.data(Pipeline.load(tiny.folder()), t2i.Settings(precision="fp32", scenes=2, panels=0.9))
+    assert data.pictures[0] == compose(0, 0) and data.pictures[1].size == (64, 128) and len(data.latents) == 2
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--panels 1", "--panels: must be below 1, not 1.0"), ("--panels -0.1", "--panels: must be at least 0"),
+    ("--panels 0.5 --data photos", "--panels: are pictures of the world; leave data out")])
+def test_panels_that_cannot_be_trained_on_are_refused(flags, words, capsys, tmp_path):
+    assert train.main(["t2i", *flags.split(), "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: ") and error.count("\n") == 1 and words in error
+
+
 def test_t2i_loss_is_the_weighted_noise_error(tmp_path):
     pipeline = tiny.build()
     config, batch = t2i.Settings(min_snr=5.0), {
@@ -263,6 +311,48 @@ def test_t2i_loss_is_the_weighted_noise_error(tmp_path):
     snr = abar / (1 - abar)
     expected = (error.mean((1, 2, 3)) * (snr.clamp(max=5) / snr)).mean()
     torch.testing.assert_close(t2i.loss(pipeline, batch, config), expected.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd15"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_texts_from_the_cache_are_bit_for_bit_those_encoded_in_every_step(kind, bf16, monkeypatch):
+    pipeline, config = tiny.build(kind), t2i.Settings(scenes=40, batch=16, caption_dropout=0.4)
+    data = t2i.data(pipeline, config)
+    first = pipeline.text_encoder.text_model.embeddings
+    encoded = []
+    first.register_forward_hook(lambda module, given, out: encoded.append(len(out)))
+    for turn in range(2):
+        for step in range(3):
+            batch = data.batch(step, range(16 * step, 16 * step + 16))
+            assert {None, ""} < set(batch["captions"])
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                encoded.clear()
+                data.finish(batch)
+                assert len(encoded) == (turn == 0)
+                context, pooled = latents.encode_text(pipeline, batch["captions"])
+            assert batch["context"].equal(context) and not batch["context"].requires_grad
+            assert batch["pooled"] is None if pooled is None else batch["pooled"].equal(pooled)
+    kept = data.captions.encoded
+    assert len(kept) > 20
+    room = len(kept) * context[0].nbytes
+
+    # With less room it keeps the first ones and gives the same; a text does not depend on those encoded with it.
+    monkeypatch.setattr(latents, "CACHE_BYTES", room // 2)
+    small = latents.CaptionCache(pipeline)
+    captions = list(kept)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        for start in (0, 9, 4):
+            context, _ = small(captions[start:start + 16])
+            assert context.equal(torch.stack([kept[caption][0] for caption in captions[start:start + 16]]))
+    assert list(small.encoded) == captions[:len(kept) // 2]
+
+
+def test_texts_that_train_are_not_kept():
+    config = t2i.Settings(scenes=4, batch=2, train_text=True)
+    data = t2i.data(tiny.build(), config)
+    batch = data.batch(0, range(2))
+    data.finish(batch)
+    assert "context" not in batch and not data.captions.encoded
 
 
 # Cut and resumed --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from minipic.training.fsdp import FSDPModule
 from minipic.training.lock import locked
 from minipic.training.optimizer import EMA, build_optimizer, learning_rate, set_learning_rate
 from minipic.training.processes import sample_indices
+from minipic.training.run import Clock
 from minipic.training.settings import DenoisingSettings, PairSettings, PhotoSettings, TrainSettings
 from minipic.weights import save_weights
 
@@ -54,6 +56,10 @@ def test_learning_rate():
     assert rate(35, "cosine") == pytest.approx(1 + math.cos(math.pi / 4))
     assert rate(35, "linear") == pytest.approx(1.5)
     assert rate(109, "linear") == pytest.approx(0.02)
+    # With --minutes, what is nearer to its end counts; the warm-up goes by steps.
+    linear = dataclasses.replace(config, lr_schedule="linear")
+    assert [learning_rate(linear, 60, share) for share in (0.2, 0.75, 1.0)] == pytest.approx([1.0, 0.5, 0.0])
+    assert learning_rate(linear, 4, 0.75) == pytest.approx(1.0)
 
 
 def test_average_is_the_weighted_sum_of_the_past_and_is_fp32():
@@ -69,6 +75,40 @@ def test_average_is_the_weighted_sum_of_the_past_and_is_fp32():
     with ema.swapped_in():
         assert p.tolist() == pytest.approx([expected] * 2, rel=4e-3)  # bf16 keeps 8 bits
     assert p.tolist() == [19.0, 19.0]
+
+
+def test_all_averages_at_once_are_each_parameters_own():
+    torch.manual_seed(0)
+    params = {name: torch.nn.Parameter(torch.randn(shape).to(dtype)) for name, shape, dtype in (
+        ("matrix", (7, 5), torch.float32), ("half", (3,), torch.bfloat16), ("number", (), torch.float32))}
+    ema = EMA(params, 0.9)
+    expected = {name: p.detach().float().clone() for name, p in params.items()}
+    for step in range(30):
+        for name, p in params.items():
+            p.data.normal_()
+            decay = min(0.9, (1 + step) / (10 + step))
+            expected[name].lerp_(p.detach().float(), 1 - decay)
+        ema.update(step)
+    assert all(value.equal(expected[name]) for name, value in ema.values.items())
+
+
+def test_nothing_waits_for_a_gpu_between_lines_of_the_log(tmp_path, monkeypatch):
+    """A GPU is waited for where Python reads a number; here each time is noted with its step."""
+    steps_read = []
+    step_now = [-1]  # before the loop
+    rate = train.learning_rate
+
+    def rate_of_step(config, step, time_share):
+        step_now[0] = step
+        return rate(config, step, time_share)
+    monkeypatch.setattr(train, "learning_rate", rate_of_step)
+    for name in ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__"):
+        def read(self, *given, plain=getattr(torch.Tensor, name)):
+            steps_read.append(step_now[0])
+            return plain(self, *given)
+        monkeypatch.setattr(torch.Tensor, name, read)
+    assert toy("--out", tmp_path, "--steps", 13, "--log-every", 4) == 0
+    assert set(steps_read) - {-1} == {3, 7, 11, 12}
 
 
 def test_only_matrices_decay():
@@ -188,6 +228,58 @@ def test_log_continues_without_gap_or_repetition(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 21))
     assert [row["loss"] for row in rows] == [json.loads(line)["loss"] for line in before.splitlines()]
+
+
+def test_minutes_end_a_run_with_what_it_has(tmp_path, capsys):
+    flags = ["--out", tmp_path, "--steps", 10 ** 6, "--slow", 0.01, "--lr-schedule", "linear", "--warmup", 1]
+    assert toy(*flags, "--minutes", 0.02) == 0
+    out = capsys.readouterr().out
+    assert "--minutes 0.02: the learning rate follows the time, 0.00 have passed\n" in out
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    steps = len(rows)
+    assert 10 < steps < 120
+    assert f"--minutes 0.02: the time is over after step {steps} of 1000000" in out
+    shares = [row["time_share"] for row in rows]
+    assert shares == sorted(shares) and shares[-1] == 1 and shares[-2] < 1
+    # A step's rate is by the time at the end of the one before it.
+    assert [row["lr"] for row in rows[1:]] == pytest.approx([1e-3 * (1 - share) for share in shares[:-1]])
+    assert (tmp_path / "model/student.json").exists() and list(complete_checkpoints(tmp_path / "checkpoints")) == [steps]
+
+    assert toy(*flags, "--minutes", 0.03, "--resume", "latest") == 0
+    assert "--minutes 0.03: the learning rate follows the time, 0.02 have passed\n" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rows[steps]["lr"] == pytest.approx(1e-3 / 3, rel=0.1)  # two thirds of the time are over
+    assert rows[-1]["time_share"] == 1 and steps + 5 < len(rows) < steps + 70
+
+    assert toy(*flags, "--minutes", 0.03, "--resume", "latest") == 0  # only exports
+    assert f"the time is over after step {len(rows)} of 1000000" in capsys.readouterr().out
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == len(rows)
+
+
+def test_the_time_for_training_begins_when_the_data_are_ready(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def clock_after(preparing, source=None):
+        clock = Clock(10.0, now[0])
+        now[0] += 60 * preparing
+        clock.start_training(source)
+        return clock
+
+    clock = clock_after(2)
+    shares = []
+    for _ in range(4):
+        shares.append(clock.share())
+        now[0] += 2 * 60
+    assert shares == pytest.approx([0, 0.25, 0.5, 0.75])
+    assert clock.share() == 1
+    assert clock.times() == pytest.approx({"minutes_spent": 10, "minutes_trained": 8})
+    now[0] -= 4 * 60
+    (tmp_path / "config.json").write_text(json.dumps(clock.times()))  # stopped after 6 minutes, 4 of training
+    clock = clock_after(1, tmp_path)
+    assert clock.share() == pytest.approx(4 / 7)  # 3 minutes went for preparing
+    now[0] += 3 * 60
+    assert clock.share() == 1
 
 
 # Checkpoints ------------------------------------------------------------------------------------------------------

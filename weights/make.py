@@ -3,10 +3,12 @@
     python weights/make.py --plan              the commands, their samples and minutes
     python weights/make.py --size gpu          all stages on one GPU
     python weights/make.py vae t2i             two stages, into runs/make/cpu/model
+    python weights/make.py panels              one that is made only if it is named
 
 A stage is skipped when its weights are there and neither its commands nor the code that they run
-have changed since. One that was stopped goes on where it was. The weights in weights/tiny stay as
-they are until --install copies new ones over them.
+have changed since. One that was stopped goes on where it was. --minutes 9 ends each stage after so
+many minutes, with what it has learnt by then. The weights in weights/tiny stay as they are until
+--install copies new ones over them and writes what they are good for into README.md.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import json
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -43,6 +46,10 @@ from minipic.world import metrics, probe  # noqa: E402
 from minipic.world.caption import describe  # noqa: E402
 from minipic.world.scene import render, sample_scene  # noqa: E402
 
+# Panels are kept if the mean of drawing_quality's shares falls by no more than this: about the
+# standard error of the difference of two shares of 1024 drawings each.
+TOLERANCE = 0.02
+
 # How much to train: on a CPU in a night, on one data-centre GPU, or as a trial in a minute.
 SIZES = {"cpu": 256, "gpu": 256, "toy": 2}  # {size: pictures for each number of a stage's quality}
 
@@ -53,13 +60,16 @@ class Stage:
 
     makes: the last file that the commands write, in the folder of what is being made.
     commands: for each of SIZES, train.py's arguments, one command after the other. {model} is the
-        folder of the model that is being made, {adapters} that of its adapters.
+        folder of the model that is being made, {panels} that of the same with panels, {base} that
+        of the two that ships, {adapters} that of its adapters.
     measure: the folder of the model, a number of pictures -> {what: number}.
+    optional: made only if it is named.
     """
 
     makes: str
     commands: dict[str, tuple[str, ...]]
     measure: Callable[[Path, int], dict[str, float]]
+    optional: bool = False
 
 
 # What the weights are good for --------------------------------------------------------------------
@@ -94,8 +104,20 @@ def vae_quality(model: Path, pictures: int) -> dict[str, float]:
 
 def drawing_quality(model: Path, pictures: int) -> dict[str, float]:
     """Shares of captions drawn wholly right, as tests/benchmarks/quality.py counts them."""
-    pipeline = Pipeline.load(model)
+    return shares_drawn(Pipeline.load(model), probe.load_judge(model / "judge"), pictures)
+
+
+def panels_quality(model: Path, pictures: int) -> dict[str, float]:
+    """The same of the model with panels; and `gain`, by how much their mean rose with them."""
     judge = probe.load_judge(model / "judge")
+    before = shares_drawn(Pipeline.load(model), judge, pictures)
+    shares = shares_drawn(Pipeline.load(model.with_name("panels")), judge, pictures)
+    gain = statistics.mean(shares.values()) - statistics.mean(before.values())
+    return {**shares, "gain": gain}
+
+
+def shares_drawn(pipeline: Pipeline, judge: torch.nn.Module, pictures: int) -> dict[str, float]:
+    """See drawing_quality."""
     shares = {}
     for name, (objects, held_out) in quality.SETS.items():
         _, asked, prompts = quality.requests(objects, held_out, pictures)
@@ -114,12 +136,14 @@ def not_measured(model: Path, pictures: int) -> dict[str, float]:
 NEW_BASE = "t2i --from-nothing --model {model} --save {model} --max-grad-norm 0.5 --ema 0.999 "
 MORE_BASE = "t2i --balanced --model {model} --save {model} --batch 64 --warmup 100 --ema 0.999 "
 MORE_BASE += "--max-grad-norm 0.5 --scenes 32000 "
-PHOTOS = "--model {model} --data tutorials/photos "
+WITH_PANELS = "t2i --balanced --panels 0.5 --seed 5 --model {model} --save {panels} --ema 0.999 "
+WITH_PANELS += "--max-grad-norm 0.5 "
+PHOTOS = "--model {base} --data tutorials/photos "
 DREAMBOOTH = "dreambooth " + PHOTOS + '--caption "a sks torus" --class-prompt "a red torus" '
 DREAMBOOTH += "--lora-rank 16 --lr 2e-3 --save {adapters}/sks-torus "
 INVERSION = "inversion " + PHOTOS + '--caption "a <ring>" --word "<ring>" --num-vectors 4 '
 INVERSION += "--initializer-token torus --save {adapters}/ring "
-EDGES = "controlnet --model {model} --small --control edges --balanced --warmup 30 --lr 1e-3 "
+EDGES = "controlnet --model {base} --small --control edges --balanced --warmup 30 --lr 1e-3 "
 EDGES += "--save {adapters}/edges "
 STAGES = {
     "judge": Stage("model/judge/model.safetensors", {
@@ -145,6 +169,10 @@ STAGES = {
             NEW_BASE + "--balanced --logit-normal 1.2 --batch 512 --lr 2e-3 --warmup 500 "
             "--scenes 128000 --steps 8000",),
         "toy": (NEW_BASE + "--batch 2 --scenes 4 --steps 2",)}, drawing_quality),
+    "panels": Stage("panels/unet/diffusion_pytorch_model.safetensors", {
+        "cpu": (WITH_PANELS + "--batch 64 --lr 8e-4 --warmup 100 --scenes 32000 --steps 5000",),
+        "gpu": (WITH_PANELS + "--batch 512 --lr 1e-3 --warmup 200 --scenes 32000 --steps 2000",),
+        "toy": (WITH_PANELS + "--batch 2 --scenes 4 --steps 2",)}, panels_quality, optional=True),
     "adapters": Stage("adapters/edges/diffusion_pytorch_model.safetensors", {
         "cpu": (DREAMBOOTH + "--steps 200", INVERSION + "--steps 300",
                 EDGES + "--scenes 4000 --steps 1000"),
@@ -159,11 +187,21 @@ STAGES = {
 
 def arguments(stage: Stage, size: str, work: Path) -> list[list[str]]:
     """The commands of a stage, each split into train.py's arguments."""
-    folders = {"model": work / "model", "adapters": work / "adapters"}
+    folders = {"base": base_of(work)}
+    for name in ("model", "panels", "adapters"):
+        folders[name] = work / name
     commands = []
     for command in stage.commands[size]:
         commands.append([word.format(**folders) for word in shlex.split(command)])
     return commands
+
+
+def base_of(work: Path) -> Path:
+    """The folder of the model that ships: with panels, if ordinary prompts did not suffer."""
+    note = work / "panels.json"
+    if note.exists() and json.loads(note.read_text())["quality"]["gain"] >= -TOLERANCE:
+        return work / "panels"
+    return work / "model"
 
 
 def settings_of(words: list[str]):
@@ -200,24 +238,35 @@ def code_hash(recipe: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def make(name: str, size: str, work: Path, processes: int):
-    """Run a stage, unless it is made already. InputError where a command fails or is stopped."""
+def make(name: str, size: str, work: Path, processes: int, minutes: float):
+    """Run a stage, unless it is made already. InputError where a command fails or is stopped.
+
+    minutes: when to end it, 0: never. Its commands get shares of them by their samples.
+    """
     stage = STAGES[name]
     commands = arguments(stage, size, work)
-    made = {"commands": list(stage.commands[size]), "code": code_hash(commands[0][0])}
+    made = {
+        "commands": list(stage.commands[size]), "minutes_limit": minutes,
+        "code": code_hash(commands[0][0])}
+    if any("{base}" in command for command in stage.commands[size]):
+        made["base"] = base_of(work).name
     note = work / f"{name}.json"
     if (work / stage.makes).exists() and is_noted(note, made):
         print(f"{name}: made already")
         return
-    minutes = 0.0
+    trained = []
     for number, words in enumerate(commands):
-        minutes += run(words, work / "runs" / f"{name}-{number}", made["code"], processes)
-    numbers = stage.measure(work / "model", SIZES[size])
-    row = {**made, "samples": samples(commands), "minutes": round(minutes, 1), "quality": numbers}
+        limit = minutes * samples([words]) / samples(commands)
+        folder = work / "runs" / f"{name}-{number}"
+        trained.append(run(words, folder, made["code"], processes, limit))
+    row = {
+        **made, "samples": sum(noted["samples"] for noted in trained),
+        "minutes": round(sum(noted["minutes"] for noted in trained), 1),
+        "quality": stage.measure(work / "model", SIZES[size])}
     write_note(note, {**row, **machine()})
     for number in range(len(commands)):
         shutil.rmtree(work / "runs" / f"{name}-{number}")
-    print(f"{name}: {minutes:.1f} minutes, {numbers}")
+    print(f"{name}: {row['minutes']} minutes, {row['quality']}")
 
 
 def is_noted(note: Path, made: dict) -> bool:
@@ -234,38 +283,50 @@ def write_note(note: Path, values: dict):
         temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def run(words: list[str], folder: Path, code: str, processes: int) -> float:
-    """Train in a run folder, going on where it was stopped. Returns the minutes that it took.
+def run(words: list[str], folder: Path, code: str, processes: int, limit: float) -> dict:
+    """Train in a run folder, going on where it was stopped, for `limit` minutes in all (0: no end).
 
-    A run that was begun with another command or other code begins anew.
+    A run that was begun with another command, limit or code begins anew.
+    Returns its note, with the minutes that it took and its samples.
     """
     note = folder / "run.json"
-    made = {"words": words, "code": code}
+    made = {"words": words, "limit": limit, "code": code}
     if not is_noted(note, made):
         shutil.rmtree(folder, ignore_errors=True)
-        write_note(note, {**made, "minutes": 0.0, "finished": False})
+        write_note(note, {**made, "minutes": 0.0, "samples": 0, "finished": False})
     noted = json.loads(note.read_text())
     if noted["finished"]:
-        return noted["minutes"]
+        return noted
 
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += [str(ROOT / "train.py"), *words, "--out", str(folder), "--sample-every", "0"]
     command += ["--overwrite"]  # the stages fill one folder, one after the other
+    if limit:
+        command += ["--minutes", str(limit)]
     if (folder / "checkpoints").exists():
         command += ["--resume", "latest"]
     start = time.monotonic()
     exit_code = run_program(command)
     noted["minutes"] += (time.monotonic() - start) / 60
-    log = folder / "log.jsonl"
-    steps_done = json.loads(log.read_text().splitlines()[-1])["step"] if log.exists() else 0
-    noted["finished"] = exit_code == 0 and steps_done == settings_of(words).steps
+    steps_done, time_share = progress(folder / "log.jsonl")
+    config = settings_of(words)
+    noted["samples"] = steps_done * config.batch
+    noted["finished"] = exit_code == 0 and (steps_done == config.steps or time_share == 1)
     write_note(note, noted)
     if not noted["finished"]:
         raise InputError(
             f"{folder}: stopped after step {steps_done}; the same command goes on from there")
-    return noted["minutes"]
+    return noted
+
+
+def progress(log: Path) -> tuple[int, float]:
+    """(steps done, share of the time that was over) by the last line of a run's log."""
+    if not log.exists():
+        return 0, 0.0
+    row = json.loads(log.read_text().splitlines()[-1])
+    return row["step"], row.get("time_share", 0.0)
 
 
 def run_program(command: list[str]) -> int:
@@ -297,6 +358,8 @@ SHIPPED = {  # in the work folder: in weights/
 def install(work: Path, weights: Path):
     """Copy everything that was made over what ships. InputError where a stage is missing."""
     for name, stage in STAGES.items():
+        if stage.optional:
+            continue
         if not (work / f"{name}.json").exists() or not (work / stage.makes).exists():
             raise InputError(f"{work}: {name} is not made yet; make it first")
     for made, shipped in SHIPPED.items():
@@ -305,10 +368,45 @@ def install(work: Path, weights: Path):
         if source.is_dir():
             with replacing_folder(target) as temporary:
                 shutil.copytree(source, temporary, dirs_exist_ok=True)
+                if made == "model":
+                    shutil.copytree(base_of(work) / "unet", temporary / "unet", dirs_exist_ok=True)
         else:
             shutil.copyfile(source, target)
-    rows = {name: json.loads((work / f"{name}.json").read_text()) for name in STAGES}
+    rows = {}
+    for name in STAGES:
+        note = work / f"{name}.json"
+        if note.exists():  # those of optional stages may not
+            rows[name] = json.loads(note.read_text())
     write_note(weights / "made.json", rows)
+    write_table(rows, weights / "README.md")
+
+
+MARK = "<!-- written by weights/make.py -->\n"
+
+
+def write_table(rows: dict[str, dict], readme: Path):
+    """Write what was made, and what it is good for, between the two marks of a README."""
+    lines = ["| stage | commands | samples | minutes | quality | on |", "|---|---|---|---|---|---|"]
+    for name, row in rows.items():
+        commands = "<br>".join(f"`train.py {command}`" for command in row["commands"])
+        if row.get("minutes_limit"):
+            commands += f"<br>ended after {row['minutes_limit']:g} minutes"
+        quality = ", ".join(f"{what} {value:.3g}" for what, value in row["quality"].items())
+        where = f"{row['gpu'] or row['cpu']}, torch {row['torch']}, {row['date']}"
+        lines.append(
+            f"| {name} | {commands} | {row['samples']:,} | {row['minutes']} | {quality} "
+            f"| {where} |")
+    text = readme.read_text(encoding="utf-8") if readme.exists() else MARK + MARK
+    with replacing(readme) as temporary:
+        temporary.write_text(with_table(text, lines), encoding="utf-8")
+
+
+def with_table(text: str, lines: list[str]) -> str:
+    """A text with these lines between its two MARKs, in the place of those that are there."""
+    if text.count(MARK) != 2:
+        raise InputError(f"README.md needs two lines {MARK.strip()} for the table between them")
+    before, _, after = text.split(MARK)
+    return MARK.join([before, "".join(f"{line}\n" for line in lines), after])
 
 
 def print_plan(names: list[str], size: str, work: Path):
@@ -327,25 +425,30 @@ def main(argv: list[str] | None = None) -> int:
     """Read the command line and make the stages. Returns the exit code, 2 if one cannot be made."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; all")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}")
     parser.add_argument("--size", choices=SIZES, default="cpu", help="how much to train")
     parser.add_argument("--processes", type=int, default=1, help="for each training, by torchrun")
     parser.add_argument("--work", type=Path, help="work folder; runs/make/SIZE if left out")
+    parser.add_argument(
+        "--minutes", type=float, default=0.0, help="for each stage, then it ends; 0: no limit")
     parser.add_argument("--plan", action="store_true", help="print what would be run, and stop")
     parser.add_argument("--install", action="store_true", help="then replace the weights that ship")
     parser.add_argument("--weights", type=Path, default=ROOT / "weights", help="where those are")
     options = parser.parse_args(argv)
     work = (options.work or Path("runs", "make", options.size)).resolve()
     try:
+        if not options.minutes >= 0:
+            raise InputError(f"--minutes: must be at least 0, not {options.minutes:g}")
         unknown = [name for name in options.stages if name not in STAGES]
         if unknown:
             raise InputError(f"stage {unknown[0]!r} is unknown; choose of {', '.join(STAGES)}")
-        names = [name for name in STAGES if name in (options.stages or STAGES)]
+        default = [name for name, stage in STAGES.items() if not stage.optional]
+        names = [name for name in STAGES if name in (options.stages or default)]
         if options.plan:
             print_plan(names, options.size, work)
             return 0
         for name in names:
-            make(name, options.size, work, options.processes)
+            make(name, options.size, work, options.processes, options.minutes)
         if options.install:
             install(work, options.weights)
         return 0

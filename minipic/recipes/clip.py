@@ -12,6 +12,7 @@ of the caption there, each as clearly.
 import json
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,12 +31,13 @@ from minipic.text import Tokenizer
 from minipic.training.flags import option
 from minipic.training.processes import is_main_process, wait_for_everyone
 from minipic.training.settings import DATA, TrainSettings
+from minipic.training.workers import in_order
 from minipic.weights.files import write_json
 from minipic.weights.layouts import save_part
 from minipic.weights.tokenizer import END, START, WORD_END, byte_level_bpe, write_tokenizer
 from minipic.world.caption import RELATIONS, Thing, parse
 from minipic.world.edits import edited
-from minipic.world.pictures import Picture, compose
+from minipic.world.pictures import CHUNK, Picture, compose
 from minipic.world.scene import COLORS, FLOORS, PATTERNS, PLACES, SHAPES, SIZES, SKIES, is_held_out
 
 CAPTIONS = 2000  # whose words make the vocabulary
@@ -179,13 +181,21 @@ class CaptionData:
     def __init__(self, towers: Towers, config: Settings):
         self.config = config
         self.tokenizers = towers.tokenizers
-        numbers = tqdm(range(config.scenes), "scenes", leave=False, mininterval=2)
-        self.pictures = [family_picture(config.seed, i) for i in numbers]
+        numbers = range(config.scenes)
+        pictures = in_order(partial(family_picture, config.seed), numbers, config.workers)
+        self.pictures = list(tqdm(
+            pictures, "scenes", total=len(numbers), leave=False, mininterval=2))
+        starts = range(0, config.scenes, CHUNK)
+        images = in_order(self.draw, starts, config.workers)
+        self.images = torch.cat(list(tqdm(
+            images, "pictures", total=len(starts), leave=False, mininterval=2)))
+
+    def draw(self, start: int) -> torch.Tensor:
+        """CHUNK pictures from number `start` on, int8 [n,3,64,64] from -127 to 127."""
         images = []
-        for start in tqdm(range(0, config.scenes, 64), "pictures", leave=False, mininterval=2):
-            for image in Picture.draw(self.pictures[start:start + 64]):
-                images.append((squash(image) * 127).round().to(torch.int8))
-        self.images = torch.stack(images)
+        for image in Picture.draw(self.pictures[start:start + CHUNK]):
+            images.append((squash(image) * 127).round().to(torch.int8))
+        return torch.stack(images)
 
     def batch(self, step: int, indices: list[int]) -> dict:
         rows = []

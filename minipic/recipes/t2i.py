@@ -3,9 +3,12 @@
 DDPM's loss (arXiv 2006.11239 equation 14) on the latents of a frozen VAE, text from encoders that
 are frozen too unless train_text is set, SDXL's conditioning (text and size ids, arXiv 2307.01952),
 Min-SNR weights (arXiv 2303.09556).
+
+With aligned panels (--panels), attention learns to look for what corresponds in the other half of a
+picture. ONE-PIC (papers/onepic.py), side by side, relies on such a model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -14,19 +17,23 @@ from torch import nn
 from minipic.common import ParameterError, find_file
 from minipic.diffusion.schedule import Schedule
 from minipic.latents import (
-    LatentData, choose_trained, denoising_loss, export_trained, load_pipeline, photo_latents,
-    sample_captions, sample_prompts)
+    LatentData, choose_trained, denoising_loss, encode_pictures, export_trained, load_pipeline,
+    photo_latents, sample_captions, sample_prompts, world_pictures)
 from minipic.models.unet import UNet, UNetConfig
 from minipic.pipeline import Pipeline
 from minipic.text import Tokenizer
 from minipic.training.flags import option
 from minipic.training.settings import DATA, LOSS, LoraSettings
 from minipic.weights.layouts import load_part, open_part
-from minipic.world.pictures import compose
+from minipic.world.pictures import PANEL_SIZE, task_pairs
+from minipic.world.tasks import GIVEN
 
 PROMPTS = (
     "a small red sphere left of a large blue cube", "a large yellow torus on a pink floor",
     "a medium green cone on the right", "a large white and red striped cylinder in the middle")
+
+# Tasks of the world whose two pictures are aligned panels.
+PANELS = ("edges", "depth", "segmentation", "blur", "edit", "view", "subject")
 
 
 def tiny_unet_config(context_width: int, pooled_width: int) -> UNetConfig:
@@ -60,19 +67,26 @@ class Settings(LoraSettings):
         False, "start a new tiny UNet for the model's VAE and text encoders", group=DATA)
     scenes: int = option(
         40000, "different pictures of the world; their latents stay in memory", group=DATA)
+    panels: float = option(
+        0.0, "share of the samples that are two pictures side by side of which each tells of the "
+        "other: a map and its picture, before and after an edit, two views, and so on", group=DATA)
     prediction: str = option(
         "v_prediction", "what a new UNet predicts", ("epsilon", "v_prediction"), group=LOSS)
     steps: int = option(8000)
     lr: float = option(8e-4)
     ema: float = option(0.9995)
 
-    MINIMUM = LoraSettings.MINIMUM | {"scenes": 1}
+    MINIMUM = LoraSettings.MINIMUM | {"scenes": 1, "panels": 0}
 
     def __post_init__(self):
         super().__post_init__()
         if self.from_nothing and self.lora_rank:
             raise ParameterError(
                 "lora_rank", "a new UNet is trained whole; leave it out, or start from a model")
+        if self.panels >= 1:
+            raise ParameterError("panels", f"must be below 1, not {self.panels}; try 0.5")
+        if self.panels and self.data:
+            raise ParameterError("panels", "are pictures of the world; leave data out")
         if self.resolution and not self.data:
             raise ParameterError(
                 "resolution", "the world's pictures have sizes of their own; give a folder of "
@@ -127,8 +141,52 @@ def data(pipeline: Pipeline, config: Settings) -> LatentData:
     """Latents of the world's pictures, or of those of config.data."""
     if config.data:
         return photo_latents(pipeline, config)
-    pictures = [compose(config.seed, i) for i in range(config.scenes)]
-    return LatentData(pipeline, pictures, config)
+    return WorldData(pipeline, config)
+
+
+class WorldData(LatentData):
+    """Latents of the world's pictures. A share config.panels of all are aligned panels."""
+
+    def __init__(self, pipeline: Pipeline, config: Settings):
+        panels = min(round(config.panels * config.scenes), config.scenes - 1)
+        pictures = world_pictures(config, config.scenes - panels)
+        super().__init__(pipeline, pictures, config)
+        for number, task in enumerate(PANELS):
+            start = panels * number // len(PANELS)
+            end = panels * (number + 1) // len(PANELS)
+            if start < end:
+                self.add_panels(pipeline, task, range(start, end))
+
+    def add_panels(self, pipeline: Pipeline, task: str, numbers: range):
+        """Add these pairs of a task, each half encoded by itself as ONE-PIC does."""
+        pairs = task_pairs(task, (self.config.seed, "panels"), numbers, PANEL_SIZE)
+        sources = [replace(pair, image=pair.source) for pair in pairs]
+        left = encode_pictures(pipeline.vae, sources, self.config.workers)
+        right = encode_pictures(pipeline.vae, pairs, self.config.workers)
+        height, width = PANEL_SIZE
+        for i, pair in enumerate(pairs):
+            text = f"two panels: {GIVEN[task]} | {pair.text}"
+            self.pictures.append(Panels(text, (height, 2 * width)))
+            self.latents.append(torch.cat([left[i], right[i]], dim=3))
+            row = len(self.pictures) - 1
+            self.buckets.setdefault(self.bucket(row), []).append(row)
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Two pictures side by side that belong together. Of the pictures only latents are kept."""
+
+    text: str
+    size: tuple[int, int]  # (height, width) of both together
+
+    @property
+    def size_ids(self) -> torch.Tensor:
+        """[6], see world.pictures.Picture.size_ids."""
+        return torch.tensor([*self.size, 0, 0, *self.size], dtype=torch.float32)
+
+    def caption(self, generator: torch.Generator) -> str:
+        """Always the text."""
+        return self.text
 
 
 loss = denoising_loss

@@ -35,7 +35,7 @@ UNFINISHED = re.compile(r"step-\d+(\.old)?\.tmp")
 MAY_CHANGE = (
     "steps", "scenes", "out", "save", "overwrite", "resume", "gradient_accumulation",
     "gradient_checkpointing", "fsdp", "save_every", "keep", "sample_every", "log_every",
-    "allow_data_change")
+    "allow_data_change", "workers", "minutes")
 # Earlier names of settings, in checkpoints that were written under them.
 RENAMED = {
     "clip": "max_grad_norm", "schedule": "lr_schedule", "drop": "caption_dropout",

@@ -68,6 +68,11 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu()
 
 
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's part in this process: its shard, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def copy_into(target: torch.Tensor, value: torch.Tensor):
     """Copy a whole CPU tensor into `target`, which may be in shards or on another device."""
     if isinstance(target, DTensor):

@@ -5,19 +5,24 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from minipic.training.fsdp import full_tensor
+from minipic.training.fsdp import local_tensor
 from minipic.training.settings import TrainSettings
 
 
-def learning_rate(config: TrainSettings, step: int) -> float:
+def learning_rate(config: TrainSettings, step: int, time_share: float = 0.0) -> float:
     """Rises linearly to config.lr in the warm-up, then is constant, falls to 0, or is halved twice.
 
+    time_share: of config.minutes, how much is over. What is nearer to its end counts, this or the
+    share of the steps.
     "halved" is Specialist Diffusion's: at its 20th and 100th of 400 epochs.
     """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    step_share = (step - config.warmup) / max(1, config.steps - config.warmup)
+    progress = max(step_share, time_share)
     if config.lr_schedule == "cosine":
         return config.lr * (0.5 + 0.5 * math.cos(math.pi * progress))
     if config.lr_schedule == "linear":
@@ -51,10 +56,10 @@ def set_learning_rate(optimizer: torch.optim.AdamW, lr: float):
         group["lr"] = lr * group["lr_scale"]
 
 
-def clip_gradients(params: dict, max_norm: float) -> float:
+def clip_gradients(params: dict, max_norm: float) -> torch.Tensor:
     """Scale gradients down to this norm (0: leave them). Returns their norm, of all processes."""
     norm = torch.nn.utils.clip_grad_norm_(params.values(), max_norm or math.inf)
-    return full_tensor(norm).item()
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 class EMA:
@@ -73,9 +78,13 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int):
         """After step `step`, from 0. The decay grows at first: the random start must not linger."""
+        if not self.values:
+            return
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, value in self.values.items():
-            value.lerp_(self.params[name].detach().float(), 1 - decay)
+        averages = [local_tensor(value) for value in self.values.values()]
+        newest = [local_tensor(self.params[name].detach()).float() for name in self.values]
+        average_all = get_ema_multi_avg_fn(decay)  # a few kernels for all of them
+        average_all(averages, newest, None)
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:

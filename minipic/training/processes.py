@@ -102,17 +102,21 @@ def sample_indices(config: TrainSettings, step: int, rank: int, world_size: int)
 
 def gather_numbers(
         rows: list[list], rank: int, world_size: int, device: torch.device) -> torch.Tensor:
-    """Each process's M lists of K numbers -> [world_size, M, K] on the CPU of every process."""
+    """Each process's M lists of K numbers -> [world_size, M, K] on the device of every process."""
     numbers = []
     for row in rows:
-        tensors = [torch.as_tensor(x, device=device).detach().float() for x in row]
+        tensors = []
+        for x in row:
+            if not torch.is_tensor(x):
+                x = torch.full((), x, device=device)
+            tensors.append(x.detach().float())
         numbers.append(torch.stack(tensors))
     numbers = torch.stack(numbers)
     table = numbers.new_zeros(world_size, *numbers.shape)
     table[rank] = numbers
     if world_size > 1:
         dist.all_reduce(table)
-    return table.cpu()
+    return table
 
 
 def anyone(here: bool) -> bool:
@@ -123,6 +127,16 @@ def anyone(here: bool) -> bool:
     answer = torch.tensor(float(here), device=device)
     dist.all_reduce(answer, dist.ReduceOp.MAX)
     return answer.item() > 0
+
+
+def of_main_process(value: float) -> float:
+    """The first process's value, in every process. Every process must ask."""
+    if not dist.is_initialized():
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    answer = torch.tensor(value, device=device, dtype=torch.float64)
+    dist.broadcast(answer, 0)
+    return answer.item()
 
 
 def seed_everything(seed: int, device: torch.device):

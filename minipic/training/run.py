@@ -19,9 +19,10 @@ from torch import nn
 from minipic.common import InputError, check_ordinary
 from minipic.training.fsdp import whole_parameters
 from minipic.training.optimizer import EMA
-from minipic.training.processes import is_main_process, sample_indices, wait_for_everyone
+from minipic.training.processes import (
+    is_main_process, of_main_process, sample_indices, wait_for_everyone)
 from minipic.training.settings import TrainSettings
-from minipic.weights.files import replacing
+from minipic.weights.files import read_json, replacing
 
 
 @dataclass
@@ -151,30 +152,93 @@ def lasting_output() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-def check_finite(
-        config: TrainSettings, step: int, losses: torch.Tensor, gradient_norm: float, saved: int):
+class Clock:
+    """How much of config.minutes is over, in all processes that have worked on a run.
+
+    Preparing the data takes a part of the minutes. The rest is for training: `share` is 0 at its
+    first step and 1 when the time is over.
+    started: time.monotonic() when this process began.
+    """
+
+    def __init__(self, minutes: float, started: float):
+        self.minutes = minutes
+        self.started = started
+        self.training_started = started
+        self.spent_before = 0.0
+        self.trained_before = 0.0
+
+    def start_training(self, source: Path | None):
+        """From now on the time is training's. source: the checkpoint that is gone on from."""
+        self.training_started = time.monotonic()
+        if source:
+            settings = read_json(source / "config.json")
+            self.spent_before = settings.get("minutes_spent", 0.0)
+            self.trained_before = settings.get("minutes_trained", 0.0)
+
+    def times(self) -> dict[str, float]:
+        """What a checkpoint keeps: minutes in all, and those of training."""
+        now = time.monotonic()
+        return {
+            "minutes_spent": self.spent_before + (now - self.started) / 60,
+            "minutes_trained": self.trained_before + (now - self.training_started) / 60}
+
+    def share(self) -> float:
+        """The share of the time for training that is over, the same in all processes; 0: no limit.
+
+        Every process must ask.
+        """
+        if not self.minutes:
+            return 0.0
+        times = self.times()
+        for_training = self.minutes - times["minutes_spent"] + times["minutes_trained"]
+        share = times["minutes_trained"] / for_training if for_training > 0 else 1.0
+        return min(1.0, of_main_process(share))
+
+
+@dataclass
+class Numbers:
+    """What a step gave, perhaps still on its way from the GPU: nobody has waited for it.
+
+    table: losses and values to log [world_size, M, K] of M micro-batches.
+    """
+
+    step: int
+    table: torch.Tensor
+    gradient_norm: torch.Tensor
+
+
+def check_finite(config: TrainSettings, unchecked: list[Numbers], saved: int):
     """InputError, naming the samples, for a loss or gradient that is not a finite number.
 
-    losses: of every process and micro-batch [world_size, M].
     saved: the step of the last checkpoint.
     """
-    if losses.isfinite().all() and math.isfinite(gradient_norm):
-        return
+    for numbers in unchecked:
+        losses = numbers.table[:, :, 0].cpu()
+        if losses.isfinite().all() and math.isfinite(numbers.gradient_norm):
+            continue
+        culprit = "gradient"
+        step = numbers.step
+        samples = list(range(step * config.batch, (step + 1) * config.batch))
+        if not losses.isfinite().all():
+            culprit = "loss"
+            samples = samples_without_loss(config, step, losses)
+        kept = "there is no checkpoint yet"
+        if saved:
+            kept = f"the checkpoint of step {saved} is the last good one"
+        raise InputError(
+            f"the {culprit} of step {step + 1} is NaN or infinite, in samples {samples[0]} to "
+            f"{samples[-1]}; {kept}. Try a lower lr, a longer warmup or fp32 as precision")
+
+
+def samples_without_loss(config: TrainSettings, step: int, losses: torch.Tensor) -> list[int]:
+    """The samples of all micro-batches whose loss is not finite. losses: [world_size, M]."""
     world_size, _ = losses.shape
-    culprit = "gradient"
-    samples = list(range(step * config.batch, (step + 1) * config.batch))
-    if not losses.isfinite().all():
-        culprit, samples = "loss", []
-        for micro, column in enumerate(losses.T):
-            for rank, loss in enumerate(column):
-                if not loss.isfinite():
-                    samples += sample_indices(config, step, rank, world_size)[micro]
-    kept = "there is no checkpoint yet"
-    if saved:
-        kept = f"the checkpoint of step {saved} is the last good one"
-    raise InputError(
-        f"the {culprit} of step {step + 1} is NaN or infinite, in samples {samples[0]} to "
-        f"{samples[-1]}; {kept}. Try a lower lr, a longer warmup or fp32 as precision")
+    samples = []
+    for micro, column in enumerate(losses.T):
+        for rank, loss in enumerate(column):
+            if not loss.isfinite():
+                samples += sample_indices(config, step, rank, world_size)[micro]
+    return samples
 
 
 def start_log(out: str, last_step: int) -> list[dict]:

@@ -35,6 +35,12 @@ class TrainSettings:
     precision: str = option(
         None, "arithmetic of the forward pass; bf16 where the device has it, if left out",
         ("fp32", "bf16"), group=HOW)
+    workers: int = option(
+        None, "processes that prepare batches ahead; if left out none on a CPU, and with a GPU one "
+        "per core, up to 8", group=HOW)
+    minutes: float = option(
+        0.0, "end after so many minutes, though not all steps are done; the learning rate then "
+        "follows the time; 0: no limit", group=HOW)
     fsdp: bool = option(False, "shard what is trained over the processes of torchrun", group=HOW)
     seed: int = option(0, "seed of new weights, of the data and of the noise", group=HOW)
     out: str = option("", "run folder; runs/RECIPE if left out", group=WHERE)
@@ -54,12 +60,12 @@ class TrainSettings:
     MINIMUM = {
         "steps": 1, "batch": 1, "gradient_accumulation": 1, "lr": 0, "warmup": 0, "weight_decay": 0,
         "max_grad_norm": 0, "ema": 0, "save_every": 1, "keep": 1, "sample_every": 0, "log_every": 1,
-        "seed": 0}
+        "seed": 0, "workers": 0, "minutes": 0}
 
     def __post_init__(self):
         for name, low in self.MINIMUM.items():
             value = getattr(self, name)
-            if not value >= low:
+            if value is not None and not value >= low:
                 raise ParameterError(name, f"must be at least {low}, not {value}")
         if self.ema >= 1:
             raise ParameterError("ema", f"must be below 1, not {self.ema}; try 0.999")

@@ -150,6 +150,7 @@ class PairPicture:
     text: str  # the prompt
     scene: Scene | None  # what `image` shows
     mask: torch.Tensor | None  # [1,H,W], bool, of tasks that have one
+    references: torch.Tensor | None = None  # [V,3,H,W], uint8; `source` is the first of them
 
     encoded_at_once = CHUNK
     repeats = 1
@@ -174,15 +175,23 @@ class PairPicture:
 
 
 def task_pairs(task: str, seed: int | tuple, indices: Sequence[int],
-               size: tuple[int, int]) -> list[PairPicture]:
-    """Pairs of a task of tasks.TASKS, with these numbers. size: (height, width)."""
+               size: tuple[int, int], **options: int) -> list[PairPicture]:
+    """Pairs of a task of tasks.TASKS, with these numbers. size: (height, width).
+
+    options: of the task, such as how many references a subject has.
+    """
     pairs = []
     for start in range(0, len(indices), CHUNK):
-        batch = TASKS[task](seed, indices[start:start + CHUNK], size)
+        batch = TASKS[task](seed, indices[start:start + CHUNK], size, **options)
         sources = _to_uint8(batch.source)
         images = _to_uint8(batch.target)
         masks = batch.truth.get("mask", [None] * len(sources))
-        for row in zip(sources, images, batch.prompts, batch.scenes, masks, strict=True):
+        references = [None] * len(sources)
+        if "references" in batch.truth:
+            references = _to_uint8(batch.truth["references"])
+        rows = zip(
+            sources, images, batch.prompts, batch.scenes, masks, references, strict=True)
+        for row in rows:
             pairs.append(PairPicture(*row))
     return pairs
 

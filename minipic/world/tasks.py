@@ -520,3 +520,19 @@ TASKS = {
     "subject": subject,
     "wear": wear,
 }
+
+# What a caption of two panels calls a task's source, as in "two panels: its edges | a red cube".
+GIVEN = {
+    "edges": "its edges",
+    "depth": "its depth",
+    "normals": "its normals",
+    "segmentation": "its parts in colours",
+    "boxes": "boxes around its objects",
+    "blur": "a blurred picture",
+    "small": "a picture of few pixels",
+    "masked": "a picture with a hole",
+    "edit": "the picture before",
+    "view": "another view",
+    "subject": "the same object",
+    "wear": "the garment",
+}
