@@ -131,7 +131,7 @@ class Settings:
         (), "how closely: 1 as trained, 0 off", group=PICTURES)
     edit: str = option(None, "picture to change, with a model trained to edit", group=PICTURES)
     image_guidance: float = option(
-        1.5, "how much to keep of --edit; 1 or less: off", group=PICTURES)
+        1.5, "how much to follow --edit or --source; 1 or less: off", group=PICTURES)
     source: tuple[str, ...] = option(
         (), "picture given to --adapter, once for each", group=PICTURES)
     task: str = option(

@@ -249,7 +249,7 @@ class Pipeline(Networks):
         control: [(picture, scale), ...] for the ControlNets in the order of `add_controlnet`:
             edges, depth or the like, and how closely to follow them, 1 as trained, 0 not at all.
         edit: a picture that the prompt says how to change, for a model trained to.
-        image_guidance: how much to keep of `edit`; 1 is off.
+        image_guidance: how much to follow `edit`; 1 is off.
         refiner: a second model, which takes over when only 1 - high_noise_frac of the noise
             schedule is left.
         original_size (width, height), crop (left, top), target_size: SDXL's micro-conditioning. The
@@ -441,13 +441,17 @@ class Pipeline(Networks):
         return None
 
     @torch.no_grad()
-    def denoise(self, drawing: Drawing, network: Callable | None = None) -> Iterator[tuple]:
+    def denoise(
+            self, drawing: Drawing, network: Callable | None = None,
+            guide_by_image: bool = False) -> Iterator[tuple]:
         """Yield (x_t, predicted x0), each [n,4,h,w] and ready for `decode`, after every step.
 
         What is yielded is for looking at: do not edit it in place. A `network` can change the
         drawing.
         network: what predicts instead of the UNet; called as
             network(x, t, context, pooled, size_ids, residuals), with the rows of `predictor`.
+        guide_by_image: the network shows a picture besides x, which image_guidance is for. Of the
+            three predictions that are then combined, it must leave the picture out of the first.
         """
         settings = drawing.settings
         use_graph = graph_helps(self.device) if settings.graph is None else settings.graph
@@ -456,7 +460,7 @@ class Pipeline(Networks):
             pipeline = stage.pipeline
             sigmas = stage.grid.sigmas
             objective = pipeline.schedule.objective
-            predict = pipeline.guided_network(drawing, stage, network)
+            predict = pipeline.guided_network(drawing, stage, network, guide_by_image)
             if use_graph:
                 predict = graphed(predict)
             denoiser = objective.denoiser(predict, stage.grid)
@@ -476,14 +480,15 @@ class Pipeline(Networks):
                 pipeline.free("unet", *pipeline.controlnets)
 
     def guided_network(
-            self, drawing: Drawing, stage: Stage, network: Callable | None = None) -> Callable:
+            self, drawing: Drawing, stage: Stage, network: Callable | None = None,
+            guide_by_image: bool = False) -> Callable:
         """The function predict(x, t) that the sampler calls in this stage of a drawing.
 
         It looks up what the drawing asks for: which branches, which ControlNets, which extra
         channels. `predictor` makes the function of them.
         """
         settings = drawing.settings
-        branches = self.guidance_branches(stage, settings)
+        branches = self.guidance_branches(stage, settings, guide_by_image)
         # ControlNets and extra channels are the first model's. A refiner has none.
         controls = []
         extra = None
@@ -496,11 +501,17 @@ class Pipeline(Networks):
         n = len(drawing.x)
         return self.predictor(branches, n, settings.guidance_rescale, controls, extra, network)
 
-    def guidance_branches(self, stage: Stage, settings: DrawSettings) -> list[Branch]:
-        """The predictions that a step combines; weights as in `guidance.combine`."""
+    def guidance_branches(
+            self, stage: Stage, settings: DrawSettings,
+            guide_by_image: bool = False) -> list[Branch]:
+        """The predictions that a step combines; weights as in `guidance.combine`.
+
+        guide_by_image: see `denoise`. A UNet for editing is always guided by its picture too.
+        """
         guidance = max(settings.guidance, 1.0)
         image_guidance = max(settings.image_guidance, 1.0)
-        if self.extra_input == "edit" and max(guidance, image_guidance) > 1:
+        by_image = guide_by_image or self.extra_input == "edit"
+        if by_image and max(guidance, image_guidance) > 1:
             # arXiv 2211.09800 equation 3: e00 + sI (eI0 - e00) + sT (eIT - eI0). Its predictions
             # are e00 without picture and text, eI0 with the picture, eIT with both; sI is the image
             # guidance, sT the guidance. Written as differences from e00, the weight of eI0 - e00 is

@@ -115,10 +115,11 @@ def test_drawings_follow_their_own_picture_as_generate_does():
             assert (drawn[i] - follow).abs().mean() < 0.2 * (drawn[i] - other).abs().mean(), what
 
 
-@pytest.mark.parametrize("layout", onepic.LAYOUTS)
+@pytest.mark.parametrize("layout, source_dropout", [("side", False), ("interlaced", False), ("interlaced", True)])
 @pytest.mark.parametrize("visible", ["clean", "noised"])
-def test_drawings_beside_a_picture_are_those_of_onepic(visible, layout):
-    pipeline, trained_as = tiny.build(), onepic.TrainedAs(visible, "a sketch | {text}", (64, 64), layout)
+def test_drawings_beside_a_picture_are_those_of_onepic(visible, layout, source_dropout):
+    pipeline, trained_as = tiny.build(), onepic.TrainedAs(
+        visible, "a sketch | {text}", (64, 64), layout, source_dropout=source_dropout)
     sources = 2 * torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(1)).mul(255).round() / 255 - 1
     drawn = draw(pipeline, ["a red sphere"] * 3, 5, steps=2, batch=2, sources=sources, trained_as=trained_as)
     for i, given in enumerate(to_pictures(sources)):

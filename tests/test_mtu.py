@@ -184,6 +184,7 @@ def test_the_loss_is_the_sum_of_the_tasks_and_begins_as_the_models():
     assert (mtu.loss(other, batch, as_the_paper)[0] - total).abs() > 1e-3
 
 
+@pytest.mark.slow
 def test_recomputed_activations_are_those_of_their_own_task():
     """The backward pass of one task comes after the forward passes of all."""
     gradients, losses = [], []
@@ -299,6 +300,7 @@ def drawn(pipeline, adapter, task, sources=(), prompt=PROMPT, **settings) -> byt
     return mtu.draw(pipeline, adapter, settings, list(sources), task)[0].tobytes()
 
 
+@pytest.mark.slow
 def test_a_drawing_leaves_the_model_as_it_was_and_tasks_and_sources_matter():
     pipeline = Pipeline.load(tiny.folder())
     _, adapter = trained("sdxl")

@@ -580,6 +580,19 @@ def test_a_toy_run_of_the_benchmark_is_kept_and_not_repeated(tmp_path):
     assert len(lines) == 1  # nothing was left to do
 
 
+@pytest.mark.slow
+def test_a_training_of_the_benchmark_can_be_stopped_and_is_measured(tmp_path, monkeypatch):
+    program = benchmark()
+    monkeypatch.setitem(program.SIZES, "toy", program.SIZES["toy"]._replace(few_steps=100_000))
+    flags = ["--size", "toy", "--model", str(tiny.folder()), "--runs", str(tmp_path), "--only", "single, deblurring",
+             "--first-seed", "2", "--minutes", "0.2"]
+    program.main(flags, lambda line: None)
+    row, = json.loads((tmp_path / "toy.json").read_text())["results"]
+    assert row["seed"] == 2 and "100000" in row["made"]["flags"]
+    assert 10 <= row["steps of training"] < 100_000
+    assert row["scores"]["deblurring"]["PSNR"] > 5
+
+
 def test_the_benchmark_knows_good_maps_from_bad_ones():
     program = benchmark()
     for task, key, best in (("depth2image", "abs_rel", 0.001), ("normals2image", "degrees", 1.0),

@@ -3,7 +3,9 @@
 import json
 import shutil
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import peers
 import pytest
@@ -17,6 +19,7 @@ from minipic.diffusion.schedule import Schedule
 from minipic.image import (
     mask_to_tensor, open_mask, open_picture, read_saved_settings, resize_and_crop, save_new, to_pictures, to_tensor)
 from minipic.layers import lora
+from minipic.models.unet import SDXL_BASE, UNet
 from minipic.papers import find_adapter, onepic
 from minipic.pipeline import DrawSettings, Pipeline
 from minipic.weights import read_weights, save_lora, save_weights
@@ -39,6 +42,13 @@ def mean_latent(pipeline: Pipeline, images: torch.Tensor) -> torch.Tensor:
     """images [B,3,H,W] -> the means of their latents, scaled [B,4,h,w]."""
     mean, _ = pipeline.vae.encode(images)
     return pipeline.vae.scale(mean)
+
+
+def without_variance(pipeline: Pipeline) -> Pipeline:
+    """The same, but x0 of its training data is the mean itself."""
+    pipeline.vae.quant_conv.weight.data[4:] = 0
+    pipeline.vae.quant_conv.bias.data[4:] = -30
+    return pipeline
 
 
 # What the UNet sees, and what counts --------------------------------------------------------------
@@ -105,9 +115,7 @@ def test_noise_of_the_given_half_reaches_the_loss_only_if_it_is_seen(visible):
 @pytest.mark.parametrize("task", ["edit", "wear"])
 def test_batches_are_the_worlds_pairs_side_by_side(task):
     config = config_of(task=task)
-    pipeline = onepic.build(config)
-    pipeline.vae.quant_conv.weight.data[4:] = 0  # no variance: x0 is the mean itself
-    pipeline.vae.quant_conv.bias.data[4:] = -30
+    pipeline = without_variance(onepic.build(config))
     batch = onepic.data(pipeline, config).batch(0, range(5))
     pairs = TASKS[task](0, range(6))
     rows = batch["rows"]
@@ -227,7 +235,9 @@ def test_batches_of_a_folder(photos, masked):
 
 # Drawing ------------------------------------------------------------------------------------------
 
-def drawn(trained_as: onepic.TrainedAs, pipeline: Pipeline | None = None, source=picture(1), **settings):
+def drawn(
+        trained_as: onepic.TrainedAs, pipeline: Pipeline | None = None, source=picture(1), sources=(), task=None,
+        **settings):
     """The last latents of a drawing, and everything that the UNet saw."""
     pipeline = pipeline or tiny.model()
     settings = DrawSettings(PROMPT, **{"steps": 4, "n": 2, **settings})
@@ -245,7 +255,7 @@ def drawn(trained_as: onepic.TrainedAs, pipeline: Pipeline | None = None, source
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.unet, "forward", watched_forward)
-        pictures = onepic.draw(pipeline, trained_as, settings, [source], on_step=on_step)
+        pictures = onepic.draw(pipeline, trained_as, settings, sources or [source], task, on_step=on_step)
     assert [one.tobytes() for one in pictures] == [one.tobytes() for one in pipeline.decode(latents[-1])]
     assert len(latents) == settings.steps
     return latents[-1], inputs
@@ -341,13 +351,13 @@ def test_what_cannot_be_drawn_is_refused(parameter, settings, more):
 
 def test_an_interlaced_canvas_has_what_corresponds_side_by_side():
     given, wanted = peers.numbers((2, 4, 3, 5), 1), peers.numbers((2, 4, 3, 5), 2)
-    canvas = onepic.join(given, wanted, "interlaced")
+    canvas = onepic.join(given[:, None], wanted, "interlaced")
     assert canvas.shape == (2, 4, 3, 10)
     assert torch.equal(canvas[..., ::2], given) and torch.equal(canvas[..., 1::2], wanted)
-    side = onepic.join(given, wanted, "side")
+    side = onepic.join(given[:, None], wanted, "side")
     assert torch.equal(side[..., :5], given) and torch.equal(side[..., 5:], wanted)
     for layout, whole in (("interlaced", canvas), ("side", side)):
-        assert torch.equal(onepic.wanted_half(whole, layout), wanted)
+        assert torch.equal(onepic.wanted_panel(whole, 1, layout), wanted)
 
 
 @pytest.mark.parametrize("visible", TRAINED_AS)
@@ -397,6 +407,220 @@ def test_the_task_of_several_is_asked_for_and_changes_the_prompt(monkeypatch):
     for task, message in ((None, "several; choose one of edges, depth"), ("edit", "not trained for 'edit'; choose")):
         with pytest.raises(ParameterError, match=message):
             onepic.draw(pipeline, several, DrawSettings("a cube"), [picture(1)], task)
+
+
+# Guidance by the source ---------------------------------------------------------------------------
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", onepic.LAYOUTS)
+@pytest.mark.parametrize("visible", TRAINED_AS)
+@pytest.mark.parametrize("guidance, image_guidance", [(5.0, 1.5), (1.0, 2.0), (3.0, 3.0)])
+def test_two_guidances_are_instruct_pix2pix_equation_3(visible, layout, guidance, image_guidance):
+    """Two steps of Euler's, written out with three calls of the UNet for each."""
+    trained_as = replace(TRAINED_AS[visible], layout=layout, source_dropout=True)
+    settings = dict(n=1, steps=2, seed=3, guidance=guidance, image_guidance=image_guidance)
+    found, inputs = drawn(trained_as, **settings)
+    pipeline = tiny.model()
+    cond, uncond = pipeline.encode(f"two panels: another view | {PROMPT}")
+    ids = torch.tensor([[64.0, 128, 0, 0, 64, 128]])
+    z0 = mean_latent(pipeline, to_tensor(picture(1))[None])
+    noise = torch.randn(4, 16, 32, generator=rng(3, "given"))
+    is_given = torch.arange(32).lt(16) if layout == "side" else torch.arange(32) % 2 == 0
+    grid = pipeline.schedule.grid(2)
+    x = grid.start * torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(3))[None]
+    for i, (sigma, lower) in enumerate(zip(grid.sigmas, grid.sigmas[1:])):
+
+        def answer(known, text):
+            view = x / (sigma**2 + 1) ** 0.5
+            view[..., is_given] = known
+            if visible == "noised":
+                view[..., is_given] = (known + sigma * noise[..., is_given]) / (sigma**2 + 1) ** 0.5
+            return pipeline.unet(view, grid.timesteps[i], text.context, text.pooled, ids)
+
+        neither, source, both = answer(0 * z0, uncond), answer(z0, uncond), answer(z0, cond)
+        assert (source - neither).abs().max() > 0.01 and (both - source).abs().max() > 0.01
+        prediction = neither + image_guidance * (source - neither) + guidance * (both - source)
+        x = x + (lower - sigma) * prediction
+        assert len(inputs[i]) == 3
+        assert torch.equal(inputs[i][1], inputs[i][2])
+        assert visible == "noised" or not inputs[i][0][..., is_given].any()
+    assert torch.allclose(found, x[..., ~is_given], atol=1e-4)
+
+
+@pytest.mark.parametrize("visible", TRAINED_AS)
+def test_guidances_of_1_change_nothing(visible):
+    plain, dropped = TRAINED_AS[visible], replace(TRAINED_AS[visible], source_dropout=True)
+    expected, inputs = drawn(plain, steps=2)
+    found, same_inputs = drawn(dropped, steps=2, image_guidance=1.0)
+    assert torch.equal(found, expected) and len(same_inputs[0]) == len(inputs[0]) == 4
+    expected, inputs = drawn(plain, steps=2, guidance=1.0)
+    found, same_inputs = drawn(dropped, steps=2, guidance=1.0, image_guidance=1.0)
+    assert torch.equal(found, expected) and len(same_inputs[0]) == len(inputs[0]) == 2
+    # Where both are equal, the prediction with the source alone has no weight.
+    assert not torch.equal(drawn(dropped, steps=2)[0], drawn(plain, steps=2)[0])
+    with pytest.raises(ParameterError, match="image_guidance: .*trained without source_dropout"):
+        drawn(plain, steps=2, image_guidance=2.0)
+
+
+def test_sources_are_left_out_alone_with_the_caption_and_not_at_all():
+    config = config_of(source_dropout=True, caption_dropout=0.4, scenes=4)
+    data = onepic.data(onepic.build(config), config)
+    batch = data.batch(0, range(1500))
+    without = {"known": None, "x0": None}
+    for name in without:
+        left, right = batch[name].chunk(2, dim=3)
+        without[name] = (left == 0).flatten(1).all(dim=1)
+        assert (right != 0).flatten(1).any(dim=1).all()
+    assert torch.equal(without["known"], without["x0"])
+    no_caption = torch.tensor([caption in (None, "") for caption in batch["captions"]])
+    no_source = without["known"]
+    for share in (no_source & ~no_caption, no_source & no_caption, no_caption & ~no_source):
+        assert abs(share.float().mean() - 0.2) < 0.03
+    assert not (onepic.data(onepic.build(config_of()), config_of()).batch(0, range(99))["known"] == 0).all(3).any()
+
+
+# Several given pictures ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_canvases_of_several_given_pictures(count):
+    given, wanted = peers.numbers((2, count, 4, 3, 5), 1), peers.numbers((2, 4, 3, 5), 2)
+    canvas = onepic.join(given, wanted, "interlaced")
+    assert canvas.shape == (2, 4, 3, 5 * (count + 1))
+    for k in range(count):
+        assert torch.equal(canvas[..., k::count + 1], given[:, k])
+    assert torch.equal(onepic.wanted_panel(canvas, count, "interlaced"), wanted)
+    assert onepic.canvas_size((3, 5), count, "interlaced") == canvas.shape[2:]
+
+    filled = torch.stack([onepic.fill_canvas(one, "side") for one in given])
+    canvas = onepic.join(filled, wanted, "side")
+    assert canvas.shape == (2, 4, 3 if count == 1 else 6, 10)
+    assert onepic.canvas_size((3, 5), filled.shape[1], "side") == canvas.shape[2:]
+    places = [canvas[..., :3, :5], canvas[..., :3, 5:], canvas[..., 3:, :5], canvas[..., 3:, 5:]]
+    for k in range(count):
+        assert torch.equal(places[k], given[:, k])
+    assert torch.equal(places[1 if count == 1 else 3], wanted)
+    assert count != 2 or not places[2].any()
+    for places in (count, filled.shape[1]):
+        assert torch.equal(onepic.wanted_panel(canvas, places, "side"), wanted)
+
+
+@pytest.mark.parametrize("layout", onepic.LAYOUTS)
+def test_batches_of_a_subject_have_its_references(layout):
+    config = config_of(task="subject,edges", references=3, scenes=14, layout=layout)
+    pipeline = onepic.build(config)
+    data = onepic.data(pipeline, config)
+    assert data.trained_as.sources == (1, 2, 3)
+    expected = []  # given pictures, wanted one
+    for references, numbers in ((1, range(2)), (2, range(2, 4)), (3, range(4, 7))):
+        batch = TASKS["subject"](0, numbers, references=references)
+        expected += list(zip(batch.truth["references"], batch.target))
+    batch = TASKS["edges"](0, range(7, 14))
+    expected += list(zip(batch.source[:, None], batch.target))
+
+    rows_seen = set()
+    for step in range(24):
+        batch = data.batch(step, range(6 * step, 6 * step + 6))
+        assert batch["mask"].sum() == 6 * 16 * 16
+        for k, row in enumerate(batch["rows"]):
+            rows_seen.add(row)
+            given = mean_latent(pipeline, expected[row][0])
+            count = len(given)
+            height, width = 64, 64 * (count + 1)
+            if layout == "side":
+                height, width = (64, 128) if count == 1 else (128, 128)
+                given = onepic.fill_canvas(given, layout)
+            assert batch["size_ids"][k].tolist() == [height, width, 0, 0, height, width]
+            assert batch["x0"][k].shape == (4, height // 4, width // 4)
+            assert onepic.wanted_panel(batch["mask"], len(given), layout).all()
+            canvas = onepic.join(given[None], torch.zeros_like(given[:1]), layout)[0]
+            is_given = ~batch["mask"][k].expand(4, -1, -1)
+            assert (batch["known"][k] - canvas)[is_given].abs().max() < 0.05 * canvas.abs().max()
+    assert len(rows_seen) == 14
+
+
+def test_a_drawing_beside_several_pictures_shows_the_unet_all_of_them():
+    pipeline = tiny.model()
+    sources = [picture(k) for k in (1, 2, 3)]
+    z0 = mean_latent(pipeline, torch.stack([to_tensor(source) for source in sources]))
+    zero = torch.zeros_like(z0[0])
+    for layout, count in product(onepic.LAYOUTS, (2, 3)):
+        trained_as = replace(TRAINED_AS["clean"], layout=layout, sources=(2, 3))
+        found, (view, *_) = drawn(trained_as, sources=sources[:count], steps=2, n=1)
+        view = view[0]
+        assert found.shape == (1, 4, 16, 16)
+        if layout == "interlaced":
+            assert view.shape == (4, 16, 16 * (count + 1))
+            panels = [view[..., k::count + 1] for k in range(count)]
+        else:
+            assert view.shape == (4, 32, 32)
+            panels = [view[:, :16, :16], view[:, :16, 16:], view[:, 16:, :16]]
+        for panel, expected in zip(panels, [*z0[:count], zero]):
+            assert torch.allclose(panel, expected, atol=1e-5)
+    with pytest.raises(ParameterError, match="source: this adapter draws beside 2 or 3 given pictures, not 1"):
+        drawn(trained_as)
+    several = replace(trained_as, prompt="{given} | {text}", tasks=("edges", "subject"), sources=(1, 2))
+    with pytest.raises(ParameterError, match="source: this adapter draws beside one given picture, not 2"):
+        drawn(several, sources=sources[:2], task="edges")
+    drawn(several, sources=sources[:2], task="subject", steps=1)
+
+
+def test_a_folder_with_a_second_source(photos):
+    shutil.copytree(photos / "target", photos / "source2")
+    config = config_of(data=str(photos), prompt="a sketch | {text}", layout="interlaced")
+    pipeline = onepic.build(config)
+    data = onepic.data(pipeline, config)
+    assert data.trained_as.sources == (2,)
+    batch = data.batch(0, range(3))
+    _, height, width = data.given[batch["rows"][0]][0].shape
+    assert batch["x0"].shape == (3, 4, height, 3 * width)
+    second = batch["known"][..., 1::3]
+    for k, row in enumerate(batch["rows"]):
+        image = open_picture(photos / "target" / f"{row}.png")
+        latent = mean_latent(pipeline, to_tensor(resize_and_crop(image, (4 * width, 4 * height)))[None])[0]
+        assert (second[k] - latent).abs().max() < 0.05 * latent.abs().max()
+
+
+# Pictures to maps, and the layers that learn ------------------------------------------------------
+
+@pytest.mark.parametrize("name", onepic.MAPS)
+def test_a_map_is_read_out_of_a_picture(name):
+    config = config_of(task=f"image2{name}", scenes=3)
+    pipeline = without_variance(onepic.build(config))
+    batch = onepic.data(pipeline, config).batch(0, range(4))
+    pairs = TASKS[name](0, range(3))
+    rows = batch["rows"]
+    words = {"edges": "its edges", "depth": "its depth", "normals": "its normals"}
+    legends = {"segmentation": "its parts in colours: ", "boxes": "boxes around its objects: "}
+    texts = [words[name] if name in words else legends[name] + pairs.prompts[row] for row in rows]
+    assert batch["captions"] == [f"two panels: a picture | {text}" for text in texts]
+    close = 0.05 * batch["x0"].abs().max()
+    left, right = batch["x0"].chunk(2, dim=3)
+    assert (left - mean_latent(pipeline, pairs.target[rows])).abs().max() < close
+    assert (right - mean_latent(pipeline, pairs.source[rows])).abs().max() < close
+    assert batch["mask"].chunk(2, dim=3)[1].all()
+
+
+RESNETS = {  # of SDXL: (channels in, channels out): how many
+    (320, 320): 2, (320, 640): 1, (640, 640): 1, (640, 1280): 1, (1280, 1280): 3, (2560, 1280): 2, (1920, 1280): 1,
+    (1920, 640): 1, (1280, 640): 1, (960, 640): 1, (960, 320): 1, (640, 320): 2}
+
+
+def test_weights_to_train_in_sdxl():
+    """46.4 million of attention and 98.4 of all blocks, at rank 32: a layer has rank * (kernel * in + out)."""
+    widths = 10 * [640] + 60 * [1280]  # of the transformer blocks
+    attention = sum(14 * c + 2 * 2048 for c in widths)
+    blocks = attention + sum(14 * c for c in widths)  # feed-forward: c to 8c, 4c to c
+    blocks += 4 * (5 * 640 + 6 * 1280)  # into and out of each transformer
+    blocks += 10 * (320 + 640 + 640 + 1280)  # halving and doubling
+    for (before, after), number in RESNETS.items():
+        shortcut = before + after if before != after else 0
+        blocks += number * (9 * before + after + 10 * after + 1280 + after + shortcut)
+    assert (32 * attention, 32 * blocks) == (46_448_640, 98_375_680)
+    for layers, count in (("attention", attention), ("blocks", blocks)):
+        with torch.device("meta"):
+            pipeline = SimpleNamespace(unet=UNet(SDXL_BASE))
+            params = onepic.setup(pipeline, onepic.Settings(lora_layers=layers))
+        assert sum(param.numel() for param in params) == 32 * count
 
 
 # The recipe and the command line ------------------------------------------------------------------
@@ -476,7 +700,8 @@ def test_training_is_kept_in_the_file(trained):
     file = trained / "model" / "lora.safetensors"
     _, metadata = read_header(file)
     assert metadata["paper"] == "onepic"
-    assert json.loads(metadata["onepic"]) == asdict(onepic.read_trained_as(file)) | {"size": [64, 64], "tasks": ["edit"]}
+    assert json.loads(metadata["onepic"]) == asdict(onepic.read_trained_as(file)) | {
+        "size": [64, 64], "tasks": ["edit"], "sources": [1]}
     tensors = read_weights(file)
     assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name)
 
@@ -573,6 +798,7 @@ def test_another_kind_of_lora_is_named(untrained, tmp_path):
         onepic.read_trained_as(path)
 
 
+@pytest.mark.slow
 def test_from_ones_own_pictures_to_a_picture(photos):
     out, data = photos / "out", photos / "data"
     data.mkdir()
@@ -588,6 +814,31 @@ def test_from_ones_own_pictures_to_a_picture(photos):
              "--n", "1", "--device", "cpu", "--steps", "2", "--out", str(photos / "drawn.png")]
     assert sample.main(["cube", *flags]) == 0
     assert open_picture(photos / "drawn.png").size == (80, 48)
+
+
+@pytest.mark.slow
+def test_a_lora_for_several_sources_from_the_command_line(tmp_path):
+    flags = ["--task", "subject,image2depth", "--references", "2", "--source-dropout", "--layout", "side", "--scenes",
+             "6", "--steps", "1", "--batch", "2", "--lora-rank", "2", "--lora-layers", "attention"]
+    flags += ["--model", str(tiny.folder()), "--out", str(tmp_path / "run")]
+    with tiny.short_drawings():
+        assert train.main(["onepic", *flags]) == 0
+    file = tmp_path / "run" / "model" / "lora.safetensors"
+    trained_as = onepic.read_trained_as(file)
+    assert trained_as.sources == (1, 2) and trained_as.source_dropout and trained_as.tasks == ("subject", "image2depth")
+    paths = [tmp_path / "1.png", tmp_path / "2.png"]
+    for k, path in enumerate(paths):
+        picture(k).save(path)
+    flags = ["--model", str(tiny.folder()), "--adapter", str(file), "--device", "cpu", "--dtype", "fp32", "--steps",
+             "2", "--n", "1", "--task", "subject", "--image-guidance", "2", "--out", str(tmp_path / "drawn.png")]
+    assert sample.main([PROMPT, *flags, "--source", str(paths[0]), "--source", str(paths[1])]) == 0
+    pipeline = Pipeline.load(tiny.folder())
+    onepic.load_adapter(pipeline, file)
+    settings = DrawSettings(PROMPT, steps=2, image_guidance=2.0)
+    expected, = onepic.draw(pipeline, trained_as, settings, [picture(0), picture(1)], "subject")
+    assert pixels(tmp_path / "drawn.png") == expected.tobytes()
+    flags[flags.index("subject")] = "image2depth"
+    assert sample.main(["its depth", *flags, "--source", str(paths[0]), "--source", str(paths[1])]) == 2
 
 
 def no_source(path):
@@ -644,6 +895,10 @@ def test_a_wrong_folder_is_refused(photos, change, words, capsys):
     ("--loss-on all", "--loss-on: all needs visible=noised"),
     ("--layout woven", "--layout: invalid choice: 'woven'"),
     ("--lora-rank 0", "--lora-rank: must be at least 1"),
+    ("--lora-layers all", "--lora-layers: invalid choice: 'all'"),
+    ("--task subject --references 4", "--references: choose 1 to 3, not 4"),
+    ("--task edit --references 2", "--references: is for the task subject; a folder of data has source2/"),
+    ("--source-dropout --caption-dropout 0", "--source-dropout: needs a caption_dropout above 0, up to 0.6"),
     ("--resolution 60", "--resolution: must be a multiple of 16"),
     ("--visible dim", "--visible: invalid choice: 'dim'"),
     ("--loss-on none", "--loss-on: invalid choice: 'none'")])

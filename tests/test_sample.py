@@ -193,6 +193,7 @@ def other_vae() -> Pipeline:
     return other
 
 
+@pytest.mark.slow
 def test_flags_reach_the_pipeline():
     photo, mask = Image.open("photo.png"), Image.open("mask.png")
     cases = {

@@ -13,7 +13,8 @@
     data(model, config)
         an object with batch(step, indices) -> dict, and with what `sample` and `export` need to
         know. `indices` are sample numbers; all that is random for sample i comes from
-        common.rng(config.seed, purpose, i)
+        common.rng(config.seed, purpose, i). With --workers another process calls it, on the CPU.
+        It may also have finish(batch), which adds what the model has to compute, on its device
     loss(model, batch, config)
         a scalar, or (scalar, {name: value to log})
     sample(model, config, data)

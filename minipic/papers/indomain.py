@@ -122,7 +122,7 @@ def null_text_unet(pipeline: Pipeline, size: tuple[int, int]) -> tuple[NullTextU
         _, null = pipeline.encode("")
         size_ids, _ = pipeline.negative_and_positive_size_ids(size, (0, 0), size)
         domain.pooled = null.pooled.float()
-        domain.size_ids = size_ids.long()
+        domain.size_ids = size_ids.long().to(pipeline.device)
 
     errors = [0.0]
     for x, t, prediction in visited:

@@ -16,8 +16,8 @@ Inferred, because the paper leaves it open:
    ordinary UNet (`fold`), without extra cost, and diffusers can draw it too (`export_task`).
 5. Each step has one batch of each task. Pictures and captions are left out as in InstructPix2Pix.
 
-Measured (RESULTS.md; one seed, 200 steps): with four experts .65 of the captions with two objects
-are drawn wholly right at scale N and .40 at scale 1; .80 before training.
+Measured (RESULTS.md; three seeds, 200 steps): of captions with two objects .65 are drawn wholly
+right at scale N and .48 at the paper's scale 1, with four experts; .68 with one expert, and before.
 """
 
 import copy
@@ -39,8 +39,8 @@ from minipic.figures import image_grid
 from minipic.image import to_pictures
 from minipic.kernels import casting
 from minipic.latents import (
-    LatentData, SourceData, TrainingPicture, denoising_loss, load_pipeline, read_photos,
-    world_pairs)
+    CaptionCache, LatentData, SourceData, TrainingPicture, denoising_loss, load_pipeline,
+    read_photos, world_pairs)
 from minipic.layers.moe import (
     TASK_LAYERS, MoE, PerTask, select, task_state_dict, upcycle)
 from minipic.models.unet import UNet, UNetConfig
@@ -157,6 +157,7 @@ class TasksData:
 
     def __init__(self, pipeline: Pipeline, config: Settings):
         self.trained_as = trained_as(config)
+        self.captions = CaptionCache(pipeline)
         self.tasks = {}
         self.examples = {}  # {task: (given picture or None, wanted picture)}
         for task in self.trained_as.tasks:
@@ -172,6 +173,10 @@ class TasksData:
 
     def batch(self, step: int, indices: list[int]) -> dict:
         return {task: data.batch(step, indices) for task, data in self.tasks.items()}
+
+    def finish(self, batch: dict):
+        for own in batch.values():
+            own["context"], own["pooled"] = self.captions(own["captions"])
 
 
 def data(pipeline: Pipeline, config: Settings) -> TasksData:

@@ -344,7 +344,7 @@ class FramesData:
         focal = focals[0] if focals else FOCAL
         self.trained_as = TrainedAs(
             tasks, (width, height), focal, config.task_token, config.start)
-        self.frames = encode_frames(pipeline, examples)
+        self.frames = encode_frames(pipeline, examples, config.workers)
         self.groups = {}  # {task: {shape of the frames: numbers of the examples}}
         for i, (example, frames) in enumerate(zip(examples, self.frames)):
             of_task = self.groups.setdefault(example.task, {})
@@ -394,10 +394,12 @@ class FramesData:
 
 
 @torch.no_grad()
-def encode_frames(pipeline: Pipeline, examples: list[Example]) -> list[torch.Tensor]:
+def encode_frames(
+        pipeline: Pipeline, examples: list[Example],
+        workers: int | None = 0) -> list[torch.Tensor]:
     """The frames [F,C,h,w] of each example, in 16 bits: a view is a picture and then its rays."""
     pictures = [picture for example in examples for picture in example.pictures]
-    latents = iter(encode_pictures(pipeline.vae, pictures))
+    latents = iter(encode_pictures(pipeline.vae, pictures, workers))
     encoded = []
     for example in examples:
         frames = torch.stack([next(latents)[0] for _ in example.pictures])  # their means

@@ -1,22 +1,24 @@
-"""ONE-PIC (arXiv 2412.05619): a task is one picture, half given and half drawn by a LoRA.
+"""ONE-PIC (arXiv 2412.05619): a task is one picture, part given and part drawn by a LoRA.
 
-From the paper (its abstract; there is no code): what is given and what is wanted are put side by
-side into one picture. The wanted half is masked, and only that is predicted. Control, edits,
-subjects and try-on then differ in their pictures alone, and the network stays as it is.
+The paper (of which its abstract could be read; there is no code): given and wanted pictures are
+arranged in one, which keeps fine-tuning close to pretraining. What is wanted is masked, and only
+that is predicted. So control, edits, subjects and try-on differ in their pictures alone, without
+new modules, branches or losses. By second hand: a LoRA on a frozen SDXL.
 
-Our choices:
-1. The two halves lie side by side, as the abstract says, or interlaced (`layout`): even columns of
-   latents are given, odd ones wanted. The canvas is as large and the network the same, but what
-   corresponds lies in one 3x3 kernel. Side by side, attention has to find it, and a base that never
-   saw two panels that belong together does not look.
-2. The UNet sees the given half clean, or as noisy as the rest (`visible`).
-3. The loss counts what is to be drawn, or both halves (`loss_on`).
-4. Each half is encoded by itself. Encoded at_once, the VAE's convolutions and attention would
-   carry the answer into the half that is given.
-5. One prompt describes both halves, and the size ids are those of a picture twice as wide.
-6. One LoRA learns one task or several, which the prompt names.
+Inferred, or our choice:
+1. Pictures lie side by side, several in 2x2, or interlaced (`layout`), which is ours: columns of
+   each in turn, so that what corresponds lies in one 3x3 kernel.
+2. The UNet sees what is given clean, or as noisy as the rest (`visible`). The loss counts what is
+   to be drawn, or all (`loss_on`).
+3. Each picture is encoded by itself. Encoded at once, the VAE would carry the answer into what is
+   given. The size ids are the canvas's, and one prompt describes all of it.
+4. Guidance by the source is InstructPix2Pix's (arXiv 2211.09800); a source left out is zero.
+5. One LoRA learns one task or several, which the prompt names. Maps are read out of pictures too.
 
-Measured: see tests/benchmarks/RESULTS.md.
+Measured (RESULTS.md): after 300 steps with edges, interlaced, their F1 in the drawing is 0.44 (two
+seeds; 0.18 to the edges of another picture). Side by side it is 0.20 (one seed), no more than to
+another picture's: the tiny base's own panels are unrelated, and its attention does not look across.
+`train.py t2i --panels` makes a base that knows aligned panels.
 """
 
 import json
@@ -45,18 +47,20 @@ from minipic.training.settings import DATA, LORA, LOSS, PairSettings, PhotoSetti
 from minipic.weights import save_lora
 from minipic.weights.configs import config_from_json
 from minipic.weights.files import read_header
+from minipic.world import tasks as world
 from minipic.world.pictures import PairPicture
 
-# Every task of the world, and what the prompt calls its given half.
-GIVEN = {
-    "edges": "its edges", "depth": "its depth", "normals": "its normals",
-    "segmentation": "its parts in colours", "boxes": "boxes around its objects",
-    "blur": "a blurred picture", "small": "a picture of few pixels",
-    "masked": "a picture with a hole", "edit": "the picture before", "view": "another view",
-    "subject": "the same object", "wear": "the garment"}
-BLOCK_LAYERS = r"(down|mid|up)_block.*"  # get a LoRA; on attention alone it learns more slowly
+# Tasks of the world whose given half is a map. They are also done the other way round, and are
+# then called image2edges and so on.
+MAPS = ("edges", "depth", "normals", "segmentation", "boxes")
+WITH_LEGEND = ("segmentation", "boxes")  # maps whose colours the words explain
+MAP_OF = {f"image2{name}": name for name in MAPS}
+# Every task, and what the prompt calls its given half.
+GIVEN = world.GIVEN | dict.fromkeys(MAP_OF, "a picture")
+LORA_LAYERS = {"blocks": r"(down|mid|up)_block.*", "attention": lora.ATTENTION}
 LAYOUTS = ("interlaced", "side")
 VISIBLE = ("clean", "noised")
+MOST_SOURCES = 3  # a canvas of 2x2 has room for so many given pictures
 GREY = 128  # hides what is to be drawn of the wanted picture, where the rest of it is given
 
 
@@ -70,27 +74,35 @@ class Settings(PairSettings, PhotoSettings):
     task: str = option(
         "edit", f"which pairs of the world, or several such as edges,edit: {', '.join(GIVEN)}",
         group=DATA)
+    references: int = option(
+        1, "pictures of the object that the task subject gives: 1 up to so many", group=DATA)
     data: str = option(
         "", "folder with target/ (pictures with captions), source/ (what is given, of the same "
-        "names) and perhaps mask/ (white where to draw); the world if left out")
+        "names), perhaps source2/ and source3/, and mask/ (white where to draw); the world if "
+        "left out")
     prompt: str = option(
         "two panels: {given} | {text}", "the prompt of both halves: {text} is the wanted one's, "
         "{given} the task's word for the other", group=DATA)
     layout: str = option(
-        "interlaced", "where the halves lie: in alternate columns, or side by side", LAYOUTS,
-        group=DATA)
+        "interlaced", "where the pictures lie: in alternate columns, or side by side (several "
+        "given ones: in 2x2)", LAYOUTS, group=DATA)
     visible: str = option(
         "clean", "how the UNet sees what is given: clean, or as noisy as the rest", VISIBLE,
         group=LOSS)
     loss_on: str = option(
         "masked", "where the prediction counts: in what is to be drawn, or in all",
         ("masked", "all"), group=LOSS)
+    source_dropout: bool = option(
+        False, "leave out what is given as often as the caption, for --image-guidance", group=LOSS)
     lora_rank: int = option(32, "rank of the LoRA", group=LORA)
+    lora_layers: str = option(
+        "blocks", "the layers that get it: all of the UNet's blocks, or only those of attention",
+        tuple(LORA_LAYERS), group=LORA)
     steps: int = option(2000)
     batch: int = option(16)
     warmup: int = option(20)
 
-    MINIMUM = PairSettings.MINIMUM | {"lora_rank": 1}
+    MINIMUM = PairSettings.MINIMUM | {"lora_rank": 1, "references": 1}
 
     def __post_init__(self):
         super().__post_init__()
@@ -98,6 +110,15 @@ class Settings(PairSettings, PhotoSettings):
         if unknown:
             raise ParameterError(
                 "task", f"{unknown[0]!r} is unknown; choose of {', '.join(GIVEN)}")
+        if self.references > MOST_SOURCES:
+            raise ParameterError("references", f"choose 1 to {MOST_SOURCES}, not {self.references}")
+        if self.references > 1 and "subject" not in self.tasks:
+            raise ParameterError(
+                "references", "is for the task subject; a folder of data has source2/ and source3/")
+        if self.source_dropout and not 0 < self.caption_dropout <= 0.6:
+            raise ParameterError(
+                "source_dropout", "needs a caption_dropout above 0, up to 0.6: guidance by the "
+                f"source needs predictions without both, and it is {self.caption_dropout}")
         if len(self.tasks) > 1 and "{given}" not in self.prompt:
             raise ParameterError(
                 "prompt", f"{self.prompt} lacks {{given}}, which tells several tasks apart")
@@ -113,7 +134,6 @@ class Settings(PairSettings, PhotoSettings):
                 "data", "say in the prompt what is given, such as "
                 '"two panels: a sketch | {text}"')
 
-
     @property
     def tasks(self) -> tuple[str, ...]:
         """The names in `task`; of a folder, which is no task of the world, none."""
@@ -126,9 +146,11 @@ class TrainedAs(CheckedConfig):
 
     visible: str
     prompt: str  # with {text}, and with {given} where it depends on the task
-    size: tuple[int, int]  # (width, height) of each half, in pixels
+    size: tuple[int, int]  # (width, height) of each picture, in pixels
     layout: str = "side"
     tasks: tuple[str, ...] = ()
+    sources: tuple[int, ...] = (1,)  # how many pictures can be given, to the task subject if it has
+    source_dropout: bool = False
 
 
 @dataclass
@@ -138,14 +160,14 @@ class DrawOptions:
 
 @dataclass(frozen=True)
 class Example:
-    """A pair to show or to train on.
+    """A pair to show or to train on, of one or several given pictures and a wanted one.
 
-    task: of the world; None: the pair is of a folder.
+    task: of GIVEN; None: the pair is of a folder.
     mask [1,H,W]: true where the wanted picture is to be drawn; None: all of it.
     """
 
     wanted: Photo | PairPicture
-    given: Photo | PairPicture
+    given: tuple[Photo | PairPicture, ...]
     task: str | None = None
     mask: torch.Tensor | None = None
 
@@ -157,7 +179,8 @@ def build(config: Settings) -> Pipeline:
 
 
 def setup(pipeline: Pipeline, config: Settings) -> list[nn.Parameter]:
-    return lora.inject(pipeline.unet, config.lora_rank, match=BLOCK_LAYERS)
+    layers = LORA_LAYERS[config.lora_layers]
+    return lora.inject(pipeline.unet, config.lora_rank, match=layers)
 
 
 def data(pipeline: Pipeline, config: Settings) -> "CanvasData":
@@ -172,33 +195,62 @@ def data(pipeline: Pipeline, config: Settings) -> "CanvasData":
 
 
 def pairs_of_world(pipeline: Pipeline, config: Settings, first: int, count: int) -> list[Example]:
-    """`count` pairs, in equal shares of each task. In trying on, only the garment is to be drawn.
+    """`count` pairs, in equal shares of each task.
 
     Pair number i has the scene number first + i.
     """
     examples = []
-    tasks = config.tasks
-    for number, task in enumerate(tasks):
-        start = count * number // len(tasks)
-        end = count * (number + 1) // len(tasks)
-        for pair in world_pairs(task, pipeline, config, first + start, end - start):
-            mask = pair.mask if task == "wear" else None
-            examples.append(Example(pair, replace(pair, image=pair.source), task, mask))
+    for task, of_task in zip(config.tasks, shares(range(first, first + count), len(config.tasks))):
+        most = config.references if task == "subject" else 1
+        for references, numbers in zip(range(1, most + 1), shares(of_task, most)):
+            examples += pairs_of_task(task, references, pipeline, config, numbers)
+    return examples
+
+
+def shares(numbers: range, parts: int) -> list[range]:
+    """Numbers in so many parts, each as large as the others if possible."""
+    ends = [len(numbers) * part // parts for part in range(parts + 1)]
+    return [numbers[start:end] for start, end in zip(ends, ends[1:])]
+
+
+def pairs_of_task(
+        task: str, references: int, pipeline: Pipeline, config: Settings,
+        numbers: range) -> list[Example]:
+    """Pairs of one task. In trying on, only the garment is to be drawn.
+
+    references: how many pictures the task subject gives.
+    """
+    name = MAP_OF.get(task, task)
+    options = {"references": references} if task == "subject" else {}
+    examples = []
+    for pair in world_pairs(name, pipeline, config, numbers.start, len(numbers), **options):
+        mask = pair.mask if task == "wear" else None
+        if task in MAP_OF:
+            text = f"{GIVEN[name]}: {pair.text}" if name in WITH_LEGEND else GIVEN[name]
+            pair = replace(pair, image=pair.source, source=pair.image, text=text)
+        given = [pair.source] if pair.references is None else pair.references
+        pictures = tuple(replace(pair, image=image) for image in given)
+        examples.append(Example(pair, pictures, task, mask))
     return examples
 
 
 def pairs_of_folder(pipeline: Pipeline, config: Settings) -> list[Example]:
-    """The pairs of --data: its target/, source/ and mask/, matched by their names."""
+    """The pairs of --data: its target/, source/ and so on, matched by their names."""
     folder = Path(config.data)
     photos = read_photos(pipeline, config, str(folder / "target"))
-    sources = match_by_stem(folder / "source", photos)
+    sources = [match_by_stem(folder / "source", photos)]
+    for name in ("source2", "source3"):
+        if (folder / name).is_dir():
+            sources.append(match_by_stem(folder / name, photos))
     masks = match_by_stem(folder / "mask", photos) if (folder / "mask").is_dir() else None
     examples = []
     for i, photo in enumerate(photos):
-        width, height = open_picture(sources[i]).size
-        given = replace(photo, path=sources[i], original=(height, width))
+        given = []
+        for paths in sources:
+            width, height = open_picture(paths[i]).size
+            given.append(replace(photo, path=paths[i], original=(height, width)))
         mask = read_mask(photo, masks[i], pipeline.vae.config.factor) if masks else None
-        examples.append(Example(photo, given, mask=mask))
+        examples.append(Example(photo, tuple(given), mask=mask))
     return examples
 
 
@@ -218,9 +270,9 @@ def read_mask(photo: Photo, path: Path, factor: int) -> torch.Tensor:
 
 
 class CanvasData(LatentData):
-    """Batches of canvases [B,4,h,2w], each of a given and a wanted picture, see `join`.
+    """Batches of canvases [B,4,h,w], each of given pictures and a wanted one, see `join`.
 
-    Besides LatentData's: `known`, which the UNet sees where `mask` [B,1,h,2w] is false.
+    Besides LatentData's: `known`, which the UNet sees where `mask` [B,1,h,w] is false.
     """
 
     def __init__(
@@ -230,13 +282,22 @@ class CanvasData(LatentData):
         prompt = config.prompt
         if len(config.tasks) == 1:
             prompt = prompt.replace("{given}", GIVEN[config.task])
+        sources = {len(pair.given) for pair in pairs}
+        if config.tasks:
+            sources = range(1, config.references + 1)
         self.trained_as = TrainedAs(
-            config.visible, prompt, most_common_size(pairs), config.layout, config.tasks)
+            config.visible, prompt, most_common_size(pairs), config.layout, config.tasks,
+            tuple(sources), config.source_dropout)
 
-        moments = encode_pictures(pipeline.vae, [pair.given for pair in pairs])
-        self.given = [mean for mean, _ in moments]
-        self.hidden = list(self.given)  # where all is masked, anything may lie behind the mask
-        self.masks = [torch.ones(1, *mean.shape[1:]) for mean in self.given]
+        pictures = [picture for pair in pairs for picture in pair.given]
+        moments = encode_pictures(pipeline.vae, pictures, config.workers)
+        means = iter([mean for mean, _ in moments])
+        self.given = []  # [V,4,h,w] of each pair
+        for pair in pairs:
+            given = torch.stack([next(means) for _ in pair.given])
+            self.given.append(fill_canvas(given, config.layout))
+        self.hidden = [given[0] for given in self.given]  # where all is masked, anything may be
+        self.masks = [torch.ones(1, *given.shape[2:]) for given in self.given]
         with_mask = [i for i, pair in enumerate(pairs) if pair.mask is not None]
         for i, (mean, _) in zip(with_mask, encode_hidden(pipeline.vae, pairs, with_mask)):
             self.hidden[i] = mean
@@ -248,23 +309,30 @@ class CanvasData(LatentData):
             wanted.append(replace(pair.wanted, text=text))
         super().__init__(pipeline, wanted, config)
 
+    def bucket(self, i: int) -> tuple:
+        """Canvases of one bucket also have equally many given pictures."""
+        return *super().bucket(i), len(self.given[i])
+
     def batch(self, step: int, indices: list[int]) -> dict:
         batch = super().batch(step, indices)
         rows = batch["rows"]
-        given = torch.stack([self.given[row] for row in rows]).float()
+        given = torch.stack([self.given[row] for row in rows]).float()  # [B,V,4,h,w]
         hidden = torch.stack([self.hidden[row] for row in rows]).float()
         mask = torch.stack([self.masks[row] for row in rows]).float()
         noise = []
-        for index in indices:
+        for i, (index, row) in enumerate(zip(indices, rows)):
             generator = rng(self.config.seed, "given", index)
             noise.append(torch.randn(given.shape[1:], generator=generator))
-        height, width = self.pictures[rows[0]].size
+            if self.config.source_dropout and self.lacks_source(index, row, batch["captions"][i]):
+                given[i] = 0
         layout = self.config.layout
         batch["x0"] = join(given, batch["x0"], layout)
         batch["noise"] = join(torch.stack(noise), batch["noise"], layout)
         batch["known"] = join(given, hidden, layout)
-        batch["mask"] = join(torch.zeros_like(mask), mask, layout).bool()
-        size_ids = [height, 2 * width, 0, 0, height, 2 * width]
+        is_given = torch.zeros_like(given[:, :, :1])
+        batch["mask"] = join(is_given, mask, layout).bool()
+        height, width = canvas_size(self.pictures[rows[0]].size, given.shape[1], layout)
+        size_ids = [height, width, 0, 0, height, width]
         batch["size_ids"] = torch.tensor([size_ids] * len(indices), dtype=torch.float32)
         return batch
 
@@ -293,18 +361,45 @@ def encode_hidden(vae: VAE, pairs: list[Example], chosen: list[int]) -> list[tor
     return latents
 
 
+def fill_canvas(given: torch.Tensor, layout: str) -> torch.Tensor:
+    """Given pictures [V,4,h,w] -> as many as the canvas has places for; the rest is zero.
+
+    Zero is what the UNet sees where a source is left out. Of 2x2 places three are for given ones.
+    """
+    if layout == "side" and len(given) == 2:
+        return torch.cat([given, torch.zeros_like(given[:1])])
+    return given
+
+
 def join(given: torch.Tensor, wanted: torch.Tensor, layout: str) -> torch.Tensor:
-    """Two halves [B,C,h,w] -> the canvas [B,C,h,2w]."""
-    if layout == "side":
-        return torch.cat([given, wanted], dim=3)
-    return torch.stack([given, wanted], dim=4).flatten(3)  # column 0 given, 1 wanted, 2 given, ...
+    """Given pictures [B,V,C,h,w] and a wanted one [B,C,h,w] -> the canvas.
+
+    side: [B,C,h,2w], the given one at the left; of three [B,C,2h,2w], the wanted one last.
+    interlaced: [B,C,h,(V+1)w], in turn a column of each picture, the wanted one last.
+    """
+    panels = [*given.unbind(1), wanted]
+    if layout == "interlaced":
+        return torch.stack(panels, dim=4).flatten(3)
+    rows = []
+    for left, right in zip(panels[::2], panels[1::2]):
+        rows.append(torch.cat([left, right], dim=3))
+    return torch.cat(rows, dim=2)
 
 
-def wanted_half(canvas: torch.Tensor, layout: str) -> torch.Tensor:
-    """[B,C,h,2w] -> [B,C,h,w]."""
-    if layout == "side":
-        return canvas.chunk(2, dim=3)[1]
-    return canvas[..., 1::2]
+def wanted_panel(canvas: torch.Tensor, sources: int, layout: str) -> torch.Tensor:
+    """The wanted picture [B,C,h,w] of a canvas that `join` made of so many given ones."""
+    if layout == "interlaced":
+        return canvas[..., sources::sources + 1]
+    right = canvas.chunk(2, dim=3)[1]
+    return right if sources == 1 else right.chunk(2, dim=2)[1]
+
+
+def canvas_size(size: tuple[int, int], sources: int, layout: str) -> tuple[int, int]:
+    """(height, width) of the canvas of pictures of this size."""
+    height, width = size
+    if layout == "interlaced":
+        return height, (sources + 1) * width
+    return (height if sources == 1 else 2 * height), 2 * width
 
 
 def network_view(
@@ -335,12 +430,12 @@ def loss(pipeline: Pipeline, batch: dict, config: Settings) -> torch.Tensor:
 
 
 def sample(pipeline: Pipeline, config: Settings, data: CanvasData) -> Image.Image:
-    """Four times the given picture, what it draws beside it, and the wanted one."""
+    """Four times the (first) given picture, what it draws beside it, and the wanted one."""
     pictures = []
     labels = []
     for example in data.examples:
-        pair = torch.stack([draw_one(example.given), draw_one(example.wanted)])
-        given, wanted = to_pictures(pair)
+        *given, wanted = to_pictures(torch.stack(
+            [draw_one(picture) for picture in (*example.given, example.wanted)]))
         mask = None
         if example.mask is not None:
             mask = to_pictures(example.mask.expand(1, 3, -1, -1) * 2.0 - 1)[0]
@@ -350,8 +445,8 @@ def sample(pipeline: Pipeline, config: Settings, data: CanvasData) -> Image.Imag
         # The LoRA's weights are in fp32, the UNet's may be in bf16.
         in_bf16 = config.precision == "bf16"
         with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=in_bf16):
-            drawn = draw(pipeline, data.trained_as, settings, [given], example.task)[0]
-        pictures += [given, drawn, wanted]
+            drawn = draw(pipeline, data.trained_as, settings, given, example.task)[0]
+        pictures += [given[0], drawn, wanted]
         labels += ["given", example.wanted.text, "wanted"]
     return image_grid(pictures, labels, columns=3)
 
@@ -362,11 +457,15 @@ def draw_one(picture: Photo | PairPicture) -> torch.Tensor:
 
 
 def export(pipeline: Pipeline, folder: Path, config: Settings, data: CanvasData):
-    """The LoRA, whose file says how to draw with it; example.png is a given picture to try."""
+    """The LoRA, whose file says how to draw with it.
+
+    example.png, and perhaps example2.png and so on, are given pictures to try.
+    """
     metadata = {"paper": "onepic", "onepic": json.dumps(asdict(data.trained_as))}
     save_lora({"unet": lora.lora_state_dict(pipeline.unet)}, folder / "lora.safetensors", metadata)
-    example = draw_one(data.examples[0].given)
-    to_pictures(example[None])[0].save(folder / "example.png")
+    for number, picture in enumerate(data.examples[0].given, 1):
+        name = "example.png" if number == 1 else f"example{number}.png"
+        to_pictures(draw_one(picture)[None])[0].save(folder / name)
 
 
 # Drawing ------------------------------------------------------------------------------------------
@@ -396,7 +495,7 @@ def tasks(path: Path) -> tuple[str, ...]:
 
 
 def prompt_for(trained_as: TrainedAs, prompt: str, task: str | None = None) -> str:
-    """The prompt of both halves together."""
+    """The prompt of all pictures together."""
     template = trained_as.prompt
     if len(trained_as.tasks) > 1:
         template = template.replace("{given}", GIVEN[task])
@@ -407,10 +506,7 @@ def plan(
         pipeline: Pipeline, trained_as: TrainedAs, settings: DrawSettings,
         sources: list[Image.Image], task: str | None = None, options: DrawOptions | None = None,
         ) -> tuple[DrawSettings, tuple[int, int]]:
-    """Check what is asked for. settings.size: of each half, as trained if None."""
-    if len(sources) != 1:
-        raise ParameterError(
-            "source", f"this adapter draws beside one given picture, not {len(sources)}")
+    """Check what is asked for. settings.size: of each picture, as trained if None."""
     tasks = trained_as.tasks
     if task is None and len(tasks) > 1:
         raise ParameterError(
@@ -418,17 +514,31 @@ def plan(
     if task is not None and task not in tasks:
         remedy = f"choose one of {', '.join(tasks)}" if tasks else "leave it out"
         raise ParameterError("task", f"this adapter was not trained for {task!r}; {remedy}")
+    numbers = trained_as.sources if task in (None, "subject") else (1,)
+    if len(sources) not in numbers:
+        allowed = "one given picture"
+        if numbers != (1,):
+            allowed = f"{' or '.join(map(str, numbers))} given pictures"
+        raise ParameterError("source", f"this adapter draws beside {allowed}, not {len(sources)}")
     if settings.image is not None and settings.mask is None:
         raise ParameterError("image", "needs a mask, black where the image is given")
     for name in ("refiner", "control", "edit"):
         if getattr(settings, name):
             raise ParameterError(
                 name, "does not go with an adapter that draws beside a picture; leave it out")
+    if not trained_as.source_dropout:
+        if settings.image_guidance not in (1.0, DrawSettings.image_guidance):
+            raise ParameterError(
+                "image_guidance", "this adapter was trained without source_dropout, so that it "
+                "cannot be guided by what is given; leave it out")
+        settings = replace(settings, image_guidance=1.0)
     settings = replace(settings, size=settings.size or trained_as.size, strength=1.0)
     settings, _ = pipeline.plan(settings)
-    warn_if_cut("source", sources[0], settings.size)
+    for source in sources:
+        warn_if_cut("source", source, settings.size)
     width, height = settings.size
-    return settings, (2 * width, height)
+    height, width = canvas_size((height, width), len(sources), trained_as.layout)
+    return settings, (width, height)
 
 
 @torch.no_grad()
@@ -436,42 +546,50 @@ def draw(
         pipeline: Pipeline, trained_as: TrainedAs, settings: DrawSettings,
         sources: list[Image.Image], task: str | None = None, options: DrawOptions | None = None,
         on_step: Callable | None = None) -> list[Image.Image]:
-    """Draw beside one given picture -> a list of settings.n PIL pictures, the wanted halves.
+    """Draw beside given pictures -> a list of settings.n PIL pictures, the wanted ones.
 
     Where settings.mask is black, settings.image is given too. on_step(x, x0) gets the wanted
-    half's [n,4,h,w].
+    picture's [n,4,h,w]. settings.image_guidance above 1 also guides by `sources`.
     """
     settings, canvas_size = plan(pipeline, trained_as, settings, sources, task, options)
     n = settings.n
     width, height = settings.size
     objective = pipeline.schedule.objective
 
-    # The wanted half is grey where it is to be drawn, that is where the mask is 1.
+    # The wanted picture is grey where it is to be drawn, that is where the mask is 1.
     wanted_mask = torch.ones(1, height, width)
     wanted = torch.full((3, height, width), GREY / 127.5 - 1)
     if settings.mask is not None:
         wanted_mask = mask_to_tensor(settings.mask, settings.size)
         image = to_tensor(resize_and_crop(settings.image, settings.size))
         wanted = torch.where(wanted_mask.bool(), wanted, image)
-    given = to_tensor(resize_and_crop(to_rgb(sources[0]), settings.size))
-    given = mean_latent(pipeline, given)
+    given = []
+    for source in sources:
+        image = to_tensor(resize_and_crop(to_rgb(source), settings.size))
+        given.append(mean_latent(pipeline, image))
+    layout = trained_as.layout
+    given = fill_canvas(torch.cat(given), layout)[None]  # [1,V,4,h,w]
     hidden = mean_latent(pipeline, wanted)
     is_drawn = latent_mask(wanted_mask, pipeline.vae.config.factor).bool().to(given.device)
 
-    layout = trained_as.layout
     known = join(given, hidden, layout).expand(n, -1, -1, -1)
-    mask = join(torch.zeros_like(is_drawn), is_drawn, layout)
+    unknown = join(torch.zeros_like(given), hidden, layout).expand(n, -1, -1, -1)
+    mask = join(torch.zeros_like(given[:, :, :1]).bool(), is_drawn, layout)
     noise = []
     for i in range(n):
         generator = rng(nth_seed(settings.seed, i), "given")
         noise.append(torch.randn(known.shape[1:], generator=generator))
     noise = torch.stack(noise).to(known)
+    guide_by_source = settings.image_guidance > 1
 
     def network(x, t, context, pooled, size_ids, residuals):
-        branches = len(x) // n  # with and without the text
-        all_known = known.repeat(branches, 1, 1, 1)
+        branches = len(x) // n  # what guidance combines, such as with and without the text
+        shown = [known] * branches
+        if guide_by_source:
+            shown[0] = unknown
         all_noise = noise.repeat(branches, 1, 1, 1)
-        x = network_view(x, t, all_known, all_noise, mask, trained_as.visible, objective)
+        x = network_view(
+            x, t, torch.cat(shown), all_noise, mask, trained_as.visible, objective)
         return pipeline.unet(x, t, context, pooled, size_ids, residuals)
 
     # The noise level of a "noised" half is looked up on the CPU, which no CUDA graph can record.
@@ -480,9 +598,9 @@ def draw(
         settings, prompt=prompt_for(trained_as, settings.prompt, task), size=canvas_size,
         image=None, mask=None, graph=graph)
     drawing = pipeline.prepare(canvas_settings)
-    for x, x0 in pipeline.denoise(drawing, network):
-        x = torch.where(is_drawn, wanted_half(x, layout), hidden.to(x))
-        x0 = torch.where(is_drawn, wanted_half(x0, layout), hidden.to(x0))
+    for x, x0 in pipeline.denoise(drawing, network, guide_by_source):
+        x = torch.where(is_drawn, wanted_panel(x, len(sources), layout), hidden.to(x))
+        x0 = torch.where(is_drawn, wanted_panel(x0, len(sources), layout), hidden.to(x0))
         if on_step is not None:
             on_step(x, x0)
     return pipeline.decode(x)

@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "benchmarks")]
 
 from cases import CASES, REFERENCES  # noqa: E402
-from record import processor, record  # noqa: E402
+from record import device, hardware, record  # noqa: E402
 
 import train  # noqa: E402
 from minipic.papers import PAPERS, onepic  # noqa: E402
@@ -105,7 +105,7 @@ def load(model, kind, folder):
             "model": "*/*"}[kind]
     paths = list(folder.glob(f"{name}.safetensors"))
     size = sum(path.stat().st_size for path in paths)
-    pipeline = Pipeline.load(folder if kind == "model" else model)
+    pipeline = Pipeline.load(folder if kind == "model" else model, device=device())
     trained_as = None
     if kind == "lora":
         pipeline.add_lora(paths[0])
@@ -144,14 +144,16 @@ def run(flags, counts, out):
 def measure(case, name, options, seed):
     """One row of the table: {"at": {steps: scores}}, and of a recipe what it took."""
     if name not in ENTRIES:
-        return {"at": {"0": case.renders if name == "renders" else case.score(Pipeline.load(options.model), name)}}
+        if name == "renders":
+            return {"at": {"0": case.renders}}
+        return {"at": {"0": case.score(Pipeline.load(options.model, device=device()), name)}}
     entry, out = ENTRIES[name], options.runs / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
     flags = shlex.split(entry.flags.format(**case.words)) + ["--model", str(options.model), "--seed", str(seed)]
     flags += shlex.split(entry.quick) + ["--batch", "2"] if options.quick else []
     counts = (1, 2) if options.quick else entry.counts
     trained, seconds = run(flags, counts, out)
     row = {"command": shlex.join(["python", "train.py", *flags]), "trained": trained, "seconds a step": seconds,
-           "cpu": processor(), "at": {}}
+           "at": {}}
     for steps in counts:
         made = load(options.model, entry.file, out / f"at-{steps}")
         row["bytes"] = made.bytes
@@ -166,18 +168,24 @@ def kept(path, model):
     return [row for row in rows if row["made"]["model"] == model]
 
 
+def place(row):
+    """Where a row stands in the table. No other row has the same."""
+    order = [*REFERENCES, *sum(REFERENCES.values(), ()), *ENTRIES]
+    return order.index(row["task"]), order.index(row["name"]), row["seed"]
+
+
 def keep(options, model, row):
     """Put a row in its place in the JSON, which another run may have changed meanwhile."""
-    order = [*REFERENCES, *sum(REFERENCES.values(), ()), *ENTRIES]
-    key = lambda row: (order.index(row["task"]), order.index(row["name"]), row["seed"])
-    rows = [old for old in kept(options.out, model) if key(old) != key(row)] + [row]
-    record(options.out.with_suffix("").resolve(), sorted(rows, key=key), pictures=options.pictures, seeds=options.seeds)
+    rows = [old for old in kept(options.out, model) if place(old) != place(row)] + [row]
+    rows.sort(key=place)
+    record(options.out.with_suffix("").resolve(), rows, pictures=options.pictures, seeds=options.seeds)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default="weights/tiny")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--only", action="append", choices=(*ENTRIES, *REFERENCES), metavar="NAME",
                         help="a recipe or a task, repeatable: " + "; ".join((*ENTRIES, *REFERENCES)))
     parser.add_argument("--pictures", type=int, default=60, help="drawings of a kind for each number")
@@ -194,7 +202,8 @@ def main(argv=None):
     make = functools.cache(lambda task, seed: CASES[task](
         seed, options.pictures, judge, options.runs / f"{task}-{seed}", steps))
     chosen = [name for name, entry in ENTRIES.items() if not options.only or {name, entry.task} & {*options.only}]
-    for seed, task in product(range(options.seeds), dict.fromkeys(ENTRIES[name].task for name in chosen)):
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    for seed, task in product(seeds, dict.fromkeys(ENTRIES[name].task for name in chosen)):
         for name in (*REFERENCES[task], *(name for name in chosen if ENTRIES[name].task == task)):
             flags, counts = ENTRIES[name][1:3] if name in ENTRIES else ("", ())
             made = {"model": model, "pictures": options.pictures, "drawn in": steps, "flags": flags,
@@ -202,7 +211,8 @@ def main(argv=None):
             made = {"task": task, "name": name, "seed": seed, "made": made}
             if any(made.items() <= row.items() for row in kept(options.out, model)):
                 continue
-            start, row = time.time(), made | measure(make(task, seed), name, options, seed)
+            start = time.time()
+            row = made | hardware() | measure(make(task, seed), name, options, seed)
             keep(options, model, row)
             print(f"{task}, {name}, seed {seed}: {time.time() - start:.0f} s " + " ".join(
                 f"[{step}] " + " ".join(f"{key} {value:.2f}" for key, value in scores.items() if value is not None)

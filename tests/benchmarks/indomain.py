@@ -46,7 +46,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "benchmarks")]
 from baselines import load, run  # noqa: E402
 from cases import control_scores, edit_scores, looks_of  # noqa: E402
 from quality import WORLD, requests  # noqa: E402
-from record import processor, record  # noqa: E402
+from record import device, hardware, record  # noqa: E402
 
 from minipic.common import computes_bf16, rng  # noqa: E402
 from minipic.diffusion.samplers import SAMPLERS  # noqa: E402
@@ -85,7 +85,7 @@ class Size(NamedTuple):
 
 
 SIZES = {"toy": Size(8, 8, 2, (1, 2), 2, (2, 1, 1)), "cpu": Size(1000, 160, 12, (50, 150, 400), 4, (32, 2, 20)),
-         "gpu": Size(3000, 1024, 20, (50, 150, 500, 1500), 99, (96, 6, 30))}
+         "gpu": Size(1000, 256, 20, (50, 150, 500), 6, (16, 1, 20))}
 
 
 class Made(NamedTuple):
@@ -204,7 +204,7 @@ def draw(made: Made, way: Callable, prompts: list[str], seed: int, steps: int, b
 def reader(base: Pipeline, prompts: list[str]) -> Callable:
     """text(template) of these prompts: a Conditioning with a row for each; text(None): the null text."""
     _, ids = base.negative_and_positive_size_ids(base.size, (0, 0), base.size)
-    ids = ids.expand(len(prompts), -1)
+    ids = ids.to(base.device).expand(len(prompts), -1)
 
     def text(template):
         context, pooled = encode_prompts([(template or "{}").format(prompt) for prompt in prompts],
@@ -216,8 +216,7 @@ def reader(base: Pipeline, prompts: list[str]) -> Callable:
 
 
 def scores(judged: Judged, images: torch.Tensor) -> dict:
-    judge, device = judged.judge, next(judged.judge.parameters()).device
-    images, truth = images.to(device), judged.truth.to(device)
+    judge, truth = judged.judge, judged.truth
     features = probe.embed(judge, images)
     style = probe.embed_style(judge, truth).mean(0, keepdim=True)
     styles = probe.distance(probe.embed_style(judge, images), style)
@@ -250,17 +249,18 @@ def drift(made: Made, count: int) -> dict:
 
 def applications(made: Made, judged: Judged, size: Size, seed: int, model: Path) -> dict:
     """{application: scores}. Each picture has a prompt and a picture of its own."""
-    judge, base, device = judged.judge, made.base, made.base.device
+    judge, base = judged.judge, made.base
     count, objects, steps = size.applied
-    style = probe.embed_style(judge, judged.truth.to(device)).mean(0, keepdim=True)
+    style = probe.embed_style(judge, judged.truth).mean(0, keepdim=True)
 
     def drawn(pipeline, prompts, task=None, **settings):
         pictures = []
         for i, prompt in enumerate(prompts):
             one = {name: given[i] for name, given in settings.items()}
-            settings_of_one = DrawSettings(prompt, steps=steps if task else size.steps, seed=10**6 * seed + i, **one)
+            settings_of_one = DrawSettings(
+                prompt, steps=steps if task else size.steps, seed=10**6 * seed + i, graph=False, **one)
             pictures += draw_paper(pipeline, Adapter(domain=made.domain), settings_of_one, task=task)
-        return torch.stack([to_tensor(picture) for picture in pictures]).to(device)
+        return torch.stack([to_tensor(picture) for picture in pictures])
 
     def with_style(images, found):
         distances = probe.distance(probe.embed_style(judge, images), style)
@@ -270,15 +270,14 @@ def applications(made: Made, judged: Judged, size: Size, seed: int, model: Path)
     before, after = (render(scenes, truth=False, shade=SHADE).rgb for scenes in (pairs.truth["before"], pairs.scenes))
     prompts = [caption(scene, rng(WORLD, "after", i)) for i, scene in enumerate(pairs.scenes)]
     images = drawn(base, prompts, image=to_pictures(before), strength=[0.6] * count)
-    found = {"edit": with_style(images, edit_scores(judge, images, pairs.scenes, pairs.truth["kinds"], after.to(device)))}
+    found = {"edit": with_style(images, edit_scores(judge, images, pairs.scenes, pairs.truth["kinds"], after))}
 
     pairs = TASKS["edges"]((WORLD, seed), range(count))
     prompts = [say(looks_of(describe(scene)), rng(WORLD, "say", seed, i)) for i, scene in enumerate(pairs.scenes)]
-    follower = Pipeline.load(model, device=device)
+    follower = Pipeline.load(model, device=base.device)
     follower.add_controlnet("weights/adapters/edges")
     images = drawn(follower, prompts, control=[[(picture, 1.0)] for picture in to_pictures(pairs.source)])
-    edges = pairs.truth["edges"].to(device)
-    found["translation"] = with_style(images, control_scores(judge, images, edges, pairs.scenes))
+    found["translation"] = with_style(images, control_scores(judge, images, pairs.truth["edges"], pairs.scenes))
 
     asked = [(color, shape) for color, shape in zip(("red", "blue", "green", "yellow", "purple", "white"),
                                                     ("cube", "sphere", "cone", "cylinder", "torus", "diamond"))][:objects]
@@ -311,12 +310,12 @@ def write_pictures(folder: Path, size: Size, seed: int) -> dict:
 
 def load_made(options, entry: Entry, folder: Path | None) -> Made:
     """What an entry wrote into `folder`, beside the base model."""
-    base, domain = Pipeline.load(options.model, device=options.device), None
+    base, domain = Pipeline.load(options.model, device=device()), None
     own = base
     if entry.file == "indomain":
         domain = build_domain(base, load_adapter(base, folder / "domain.safetensors"))
     elif entry.file:
-        own = load(options.model, entry.file, folder).pipeline.to(options.device)
+        own = load(options.model, entry.file, folder).pipeline
     for network in (base, own, domain):
         if network is not None:
             network.to(memory_format=torch.channels_last)  # the fast order for 16 bits
@@ -362,26 +361,33 @@ def kept(path: Path) -> list[dict]:
     return json.loads(path.read_text())["results"] if path.exists() else []
 
 
+def place(row: dict) -> tuple:
+    """Where a row stands in the table. No other row has the same."""
+    return ["renders", *ENTRIES].index(row["entry"]), row["seed"]
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default="weights/tiny")
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--only", action="append", choices=("renders", *ENTRIES), metavar="NAME",
                         help="an entry, repeatable: " + "; ".join(ENTRIES))
-    parser.add_argument("--out", type=Path, help="the JSON: indomain.json beside this file, or RUNS/toy.json")
+    parser.add_argument("--out", type=Path, help="the JSON: indomain.json beside this file, with -gpu for that size, "
+                        "or RUNS/toy.json")
     parser.add_argument("--runs", type=Path, default="runs/indomain-benchmark", help="folder for pictures and training runs")
     options = parser.parse_args(argv)
-    options.out = options.out or (options.runs / "toy.json" if options.size == "toy" else Path(__file__).with_suffix(".json"))
+    names = {"toy": options.runs / "toy.json", "cpu": Path(__file__).with_suffix(".json"),
+             "gpu": Path(__file__).with_name("indomain-gpu.json")}
+    options.out = options.out or names[options.size]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
-    judge = probe.load_judge(options.model / "judge").to(options.device)
+    judge = probe.load_judge(options.model / "judge")
     model = hashlib.sha256("".join(map(sha256, sorted(options.model.rglob("*.safetensors")))).encode()).hexdigest()
-    order = ["renders", *ENTRIES]
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         judged = folders = None
-        for name in options.only or order:
+        for name in options.only or ["renders", *ENTRIES]:
             entry = ENTRIES.get(name)
             made = {"entry": name, "seed": seed, "size": options.size, "model": model, "domain": DOMAIN,
                     **SIZES[options.size]._asdict(), "flags": entry.flags if entry else "",
@@ -393,9 +399,9 @@ def main(argv=None):
             folders = folders or write_pictures(options.runs / f"pictures-{seed}", SIZES[options.size], seed)
             start = time.process_time()
             row = made | measure(name, options, judged, folders, seed)
-            row |= {"cpu": processor(), "processor seconds": round(time.process_time() - start)}
-            rows = [old for old in kept(options.out) if (old["entry"], old["seed"]) != (name, seed)] + [row]
-            rows.sort(key=lambda row: (order.index(row["entry"]), row["seed"]))
+            row |= {**hardware(), "processor seconds": round(time.process_time() - start)}
+            rows = [old for old in kept(options.out) if place(old) != place(row)] + [row]
+            rows.sort(key=place)
             record(options.out.with_suffix("").resolve(), rows, seeds=options.seeds)
         if folders:
             shutil.rmtree(options.runs / f"pictures-{seed}")

@@ -44,7 +44,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "benchmarks")]
 
 from cases import edit_scores  # noqa: E402
 from quality import WORLD, draw, requests  # noqa: E402
-from record import processor, record  # noqa: E402
+from record import device, hardware, record  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import train  # noqa: E402
@@ -77,7 +77,7 @@ class Size(NamedTuple):
 SIZES = {
     "toy": Size("--steps 2 --batch 2 --scenes 4 --warmup 0 --ema 0", 4, 2),
     "cpu": Size("--steps 200 --batch 8 --scenes 800 --ema 0.98", 40, 10),
-    "gpu": Size("--steps 4000 --batch 32 --scenes 2000 --warmup 100", 256, 20),
+    "gpu": Size("--steps 200 --batch 32 --scenes 1000 --ema 0.98", 200, 20),
 }
 
 
@@ -163,10 +163,10 @@ class Exam:
     def answer(self, pipeline: Pipeline, task: str) -> torch.Tensor:
         """What a pipeline draws, whose UNet is that of the task: [B,3,H,W]."""
         guidance, image_guidance = GUIDANCE[task]
-        source = self.pairs[task].source.to(pipeline.device) if task in self.pairs else None
+        source = self.pairs[task].source if task in self.pairs else None
         return draw(
             pipeline, self.prompts(task), 10**6 * self.seed, self.size.steps, guidance,
-            image_guidance, edits=source).cpu()
+            image_guidance, edits=source)
 
     def scores(self, task: str, images: torch.Tensor) -> dict[str, float]:
         if task == "t2i":
@@ -231,7 +231,7 @@ def router_weights(unet, tasks) -> dict[str, list]:
 def all_data(model: str, seed: int, scenes: int, precision: str):
     """The data of all four tasks, which every entry of a seed shares; and a batch to compare on."""
     config = mtu.Settings(model=model, seed=seed, scenes=scenes, precision=precision)
-    pipeline = mtu.build(config).to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = mtu.build(config).to(device())
     unseen = replace(config, seed=WORLD, scenes=min(scenes, 64), caption_dropout=0.0)
     batch = mtu.TasksData(pipeline, unseen).batch(0, range(unseen.scenes))
     return mtu.TasksData(pipeline, config), batch
@@ -254,8 +254,7 @@ def measure(name: str, seed: int, options, exam: Exam) -> dict:
     shutil.rmtree(out, ignore_errors=True)
     flags = shlex.split(f"{size.flags} {entry.flags}")
     flags = ["mtu", "--model", str(options.model), "--seed", str(seed), *flags]
-    row = {"command": shlex.join(["python", "train.py", *flags]), "part": entry.part,
-           "cpu": processor()}
+    row = {"command": shlex.join(["python", "train.py", *flags]), "part": entry.part}
     own_setup = mtu.setup
     clock = []
 
@@ -302,7 +301,7 @@ def measure(name: str, seed: int, options, exam: Exam) -> dict:
 
 def untouched(options, exam: Exam) -> dict:
     """The model before training, and the given pictures as they are."""
-    pipeline = Pipeline.load(options.model)
+    pipeline = Pipeline.load(options.model, device=device())
     scores = {"t2i": exam.scores("t2i", exam.answer(pipeline, "t2i"))}
     return {"scores": scores | exam.copied()}
 
@@ -472,15 +471,15 @@ def kept(path: Path, model: str) -> list[dict]:
     return [row for row in rows if row["made"]["model"] == model]
 
 
+def place(row: dict) -> tuple:
+    """Where a row stands in the table. No other row has the same."""
+    return ["untouched", "cost", *ENTRIES].index(row["name"]), row["seed"]
+
+
 def keep(options, model: str, row: dict) -> list[dict]:
     """Put a row in its place in the JSON, which another run may have changed meanwhile."""
-    order = ["untouched", "cost", *ENTRIES]
-
-    def key(row):
-        return order.index(row["name"]), row["seed"]
-
-    rows = [old for old in kept(options.out, model) if key(old) != key(row)] + [row]
-    rows.sort(key=key)
+    rows = [old for old in kept(options.out, model) if place(old) != place(row)] + [row]
+    rows.sort(key=place)
     record(options.out.with_suffix("").resolve(), rows, size=options.size, seeds=options.seeds)
     return rows
 
@@ -491,6 +490,7 @@ def main(argv=None):
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--model", type=Path, default="weights/tiny")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--only", action="append", metavar="NAME", help="entries whose name begins "
                         "so, repeatable: " + "; ".join(("untouched", "cost", *ENTRIES)))
     parser.add_argument("--out", type=Path, help="the JSON: mtu.json beside this file, with -gpu "
@@ -513,7 +513,8 @@ def main(argv=None):
     make_exam = functools.cache(
         lambda seed: Exam(seed, size, probe.load_judge(options.model / "judge")))
 
-    for seed, name in product(range(options.seeds), chosen):
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    for seed, name in product(seeds, chosen):
         if name == "cost" and seed:
             continue
         flags = ENTRIES[name].flags if name in ENTRIES else ""
@@ -528,7 +529,7 @@ def main(argv=None):
             row |= untouched(options, make_exam(seed))
         else:
             row |= measure(name, seed, options, make_exam(seed))
-        row["processor seconds"] = time.process_time() - start
+        row |= {**hardware(), "processor seconds": time.process_time() - start}
         save_figures(options, keep(options, model, row))
         print(f"{name}, seed {seed}: {row['processor seconds']:.0f} s "
               f"{json.dumps(row.get('scores', row.get('seconds a step')))}", flush=True)

@@ -23,9 +23,12 @@ import argparse
 import functools
 import hashlib
 import json
+import os
 import shlex
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -39,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "benchmarks")]
 
 from quality import WORLD, requests  # noqa: E402
-from record import record  # noqa: E402
+from record import device, hardware, record  # noqa: E402
 
 import train  # noqa: E402
 from minipic.common import computes_bf16  # noqa: E402
@@ -49,6 +52,7 @@ from minipic.image import to_pictures  # noqa: E402
 from minipic.papers import find_adapter, onediffusion  # noqa: E402
 from minipic.papers.onediffusion import WORLD_TASKS, is_map  # noqa: E402
 from minipic.pipeline import Pipeline  # noqa: E402
+from minipic.training.checkpoint import find_checkpoint, steps_done  # noqa: E402
 from minipic.weights.files import sha256  # noqa: E402
 from minipic.world import maps, metrics, probe  # noqa: E402
 from minipic.world.camera import eyes  # noqa: E402
@@ -74,7 +78,7 @@ class Size(NamedTuple):
 SIZES = {
     "toy": Size("--batch 2 --scenes 24 --warmup 0 --ema 0 --depth 1 --hidden-size 96", 2, 2, 2, 2),
     "cpu": Size("--batch 16 --ema 0.995", 4000, 800, 48, 20),
-    "gpu": Size("--batch 256 --lr 1e-3 --warmup 200", 20000, 4000, 256, 30),
+    "gpu": Size("--batch 64 --lr 1e-3 --lr-schedule constant --ema 0.995", 20000, 800, 96, 20),
 }
 FEW = "depth2image,normals2image,deblurring"
 
@@ -140,8 +144,8 @@ class Model(NamedTuple):
                 noise.append(torch.randn(part.shape[1:], generator=generator))
             noise = torch.stack(noise).to(part)
             x = torch.where(is_drawn.to(part.device)[:, None, None, None], noise, part)
-            device = self.pipeline.device
-            with torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device)):
+            on = self.pipeline.device
+            with torch.autocast(on.type, torch.bfloat16, enabled=computes_bf16(on)):
                 grid = flow_grid(self.steps)
                 for x, _ in sample_frames(predict, x, is_drawn, grid, self.label):
                     pass
@@ -319,8 +323,6 @@ def train_flags(entry: Entry, seed: int, options) -> list[str]:
     own = entry.flags
     if options.size == "toy":  # all pictures are drawn in seconds
         own = own.replace("--scenes 6000", "").replace("--scenes 3000", "").replace("--scenes 2000", "")
-    if options.size == "gpu":
-        own = own.replace("000", "0000")
     return shlex.split(f"{size.flags} {own} --steps {steps} --seed {seed} --model {options.model} --sample-every 0")
 
 
@@ -331,21 +333,39 @@ def measure(name: str, seed: int, options, exam: Exam) -> dict:
     out = options.runs / hashlib.sha256(" ".join(flags).encode()).hexdigest()[:12]
     start = time.process_time()
     if not (out / "model" / "config.json").exists():
-        resume = ["--resume", "latest"] if (out / "checkpoints").exists() else []
-        code = train.main(["onediffusion", *flags, "--out", str(out), *resume])
-        if code or not (out / "model" / "config.json").exists():
-            raise SystemExit(code)
+        train_for(options.minutes, flags, out)
         shutil.rmtree(out / "checkpoints")
+    steps = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"]  # the last that was logged
     seconds = time.process_time() - start
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = Pipeline.load(options.model, torch.float32, device)
+    pipeline = Pipeline.load(options.model, torch.float32, device())
     _, file = find_adapter(out / "model")
     adapter = onediffusion.load_adapter(pipeline, file)
     model = Model(pipeline, adapter, SIZES[options.size].steps, entry.label, seed)
     figure = options.runs / "figures" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}.png"
     save_figure(figure, model, exam)
-    return {"training seconds": seconds, "parameters": sum(p.numel() for p in adapter.network.parameters()),
+    return {"training seconds": seconds, "steps of training": steps, "parameters": sum(p.numel() for p in adapter.network.parameters()),
             "trained as": asdict(adapter.trained_as), "scores": exam.scores(model)}
+
+
+def train_for(minutes: float | None, flags: list[str], out: Path):
+    """Train with train.py's flags, or go on; after so many minutes stop, and write the weights of then.
+
+    Before the end of the data's preparation nothing is there to write: then the program ends.
+    """
+    finished = out / "model" / "config.json"
+    command = ["onediffusion", *flags, "--out", str(out)]
+    resume = ["--resume", "latest"] if (out / "checkpoints").exists() else []
+    stop = threading.Timer(60 * (minutes or 0), os.kill, (os.getpid(), signal.SIGINT))
+    stop.daemon = True
+    if minutes:
+        stop.start()
+    code = train.main([*command, *resume])
+    stop.cancel()
+    if not code and minutes and not finished.exists() and (out / "checkpoints").exists():
+        last = find_checkpoint("latest", out / "checkpoints", print)
+        code = train.main([*command, "--resume", "latest", "--steps", str(steps_done(last))])
+    if code or not finished.exists():
+        raise SystemExit(code)
 
 
 def save_figure(path: Path, model: Model, exam: Exam, rows: int = 2):
@@ -374,15 +394,15 @@ def kept(path: Path) -> list[dict]:
     return json.loads(path.read_text())["results"] if path.exists() else []
 
 
+def place(row: dict) -> tuple:
+    """Where a row stands in the table. No other row has the same."""
+    return list(ENTRIES).index(row["name"]), row["seed"]
+
+
 def keep(options, row: dict):
     """Put a row in its place in the JSON, which another run may have changed meanwhile."""
-    order = list(ENTRIES)
-
-    def key(row):
-        return order.index(row["name"]), row["seed"]
-
-    rows = [old for old in kept(options.out) if old["name"] in order and key(old) != key(row)] + [row]
-    rows.sort(key=key)
+    rows = [old for old in kept(options.out) if old["name"] in ENTRIES and place(old) != place(row)] + [row]
+    rows.sort(key=place)
     record(options.out.with_suffix("").resolve(), rows, size=options.size, seeds=options.seeds)
 
 
@@ -391,6 +411,9 @@ def main(argv: list[str] | None = None, after: Callable = print):
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--model", type=Path, default=Path("weights/tiny"))
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, help="stop the training of an entry so long after its start, and "
+                        "measure what it has learned")
     parser.add_argument("--only", action="append", metavar="NAME",
                         help="entries whose name begins so, repeatable: " + "; ".join(ENTRIES))
     parser.add_argument("--out", type=Path, help="the JSON: onediffusion.json beside this file, with -gpu for that "
@@ -411,7 +434,8 @@ def main(argv: list[str] | None = None, after: Callable = print):
     judge = probe.load_judge(judge_folder if judge_folder.exists() else ROOT / "weights" / "tiny" / "judge")
     make_exam = functools.cache(lambda seed: Exam(seed, size, judge))
 
-    for seed, name in product(range(options.seeds), chosen):
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    for seed, name in product(seeds, chosen):
         made = {"model": model, "flags": train_flags(ENTRIES[name], seed, options), "label": ENTRIES[name].label,
                 "pictures": size.pictures, "steps": size.steps}
         row = {"name": name, "seed": seed, "made": made}
@@ -419,7 +443,7 @@ def main(argv: list[str] | None = None, after: Callable = print):
             continue
         start = time.process_time()
         row |= measure(name, seed, options, make_exam(seed))
-        row["processor seconds"] = time.process_time() - start
+        row |= {**hardware(), "processor seconds": time.process_time() - start}
         keep(options, row)
         after(f"{name}, seed {seed}: {row['processor seconds']:.0f} s {json.dumps(row['scores'])}")
 

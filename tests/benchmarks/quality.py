@@ -1,9 +1,9 @@
 """How well a model of the world draws what a caption asks for, read by the judge; beside the judge's own errors.
 
-    python tests/benchmarks/quality.py [--model weights/tiny] [--pictures 512] [--seeds 3]
+    python tests/benchmarks/quality.py [--model weights/tiny] [--pictures 512] [--seeds 3] [--out FILE.json]
 
 Captions come from scenes that were never trained on. "unseen" ones contain a colour and shape pair (HELD_OUT) that
-occurs in no training picture. Prints a table and writes quality.json beside this file.
+occurs in no training picture. Prints a table and writes it, into quality.json beside this file if no --out is given.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def requests(objects, held_out, count):
 @torch.no_grad()
 def draw(pipeline, prompts, seed, steps=30, guidance=5.0, image_guidance=1.5, batch=64, hints=None, edits=None,
          sources=None, trained_as=None, task=None):
-    """One picture for each prompt -> [B,3,64,64]; picture i has seed + i, as `generate` would draw it.
+    """One picture for each prompt -> [B,3,64,64] on the CPU; picture i has seed + i, as `generate` would draw it.
 
     hints [B,3,64,64] in 0..1: what the ControlNet follows. edits [B,3,64,64] in -1..1: the pictures to change.
     sources, the same: the pictures beside which a LoRA of ONE-PIC draws; trained_as: its onepic.TrainedAs; task: which
@@ -56,10 +56,11 @@ def draw(pipeline, prompts, seed, steps=30, guidance=5.0, image_guidance=1.5, ba
         given = {}
         for name, pictures in (("hints", hints), ("edits", edits), ("sources", sources)):
             if pictures is not None:
-                given[name] = pictures[part]
-        images.append(draw_batch(
+                given[name] = pictures[part].to(pipeline.device)
+        drawn = draw_batch(
             pipeline, prompts[part], seed + start, steps, guidance, image_guidance, trained_as=trained_as, task=task,
-            **given))
+            **given)
+        images.append(drawn.cpu())
     return torch.cat(images)
 
 
@@ -78,7 +79,8 @@ def draw_batch(pipeline, prompts, seed, steps, guidance, image_guidance, hints=N
     cond = Conditioning(context, pooled, wanted_ids.expand(n, -1))
     uncond = Conditioning(torch.zeros_like(context), torch.zeros_like(pooled), unwanted_ids.expand(n, -1))
     settings = DrawSettings("", guidance=guidance, image_guidance=image_guidance)
-    branches = pipeline.guidance_branches(Stage(pipeline, grid, cond, uncond), settings)
+    by_source = trained_as is not None and trained_as.source_dropout and image_guidance > 1
+    branches = pipeline.guidance_branches(Stage(pipeline, grid, cond, uncond), settings, by_source)
 
     factor = pipeline.vae.config.factor
     noise = SeededNoise(seed, n, (4, height // factor, width // factor), device)
@@ -90,30 +92,37 @@ def draw_batch(pipeline, prompts, seed, steps, guidance, image_guidance, hints=N
         if edits is not None:
             extra, _ = pipeline.vae.encode(edits)
         if trained_as:
-            network = network_beside(pipeline, sources, trained_as, seed)
+            network = network_beside(pipeline, sources, trained_as, seed, by_source)
         predict = pipeline.predictor(branches, 1, controls=controls, extra=extra, network=network)
         denoise = pipeline.schedule.objective.denoiser(predict, grid)
         for x, _ in SAMPLERS["euler"](denoise, x, grid.sigmas):
             pass
         if trained_as:
-            x = onepic.wanted_half(x, trained_as.layout)
+            x = onepic.wanted_panel(x, 1, trained_as.layout)
         return pipeline.vae.decode(pipeline.vae.unscale(x)).float().clamp(-1, 1)
 
 
-def network_beside(pipeline, sources, trained_as, seed):
-    """The UNet as onepic.draw calls it: row i sees source i, with onepic's noise for seed + i."""
-    mean, _ = pipeline.vae.encode(sources.to(pipeline.device))
+def network_beside(pipeline, sources, trained_as, seed, by_source):
+    """The UNet as onepic.draw calls it: row i sees source i, with onepic's noise for seed + i.
+
+    by_source: the first of the predictions that guidance combines does without.
+    """
+    mean, _ = pipeline.vae.encode(sources)
     given = pipeline.vae.scale(mean.float())
-    known = onepic.join(given, torch.zeros_like(given), trained_as.layout)
+    wanted = torch.zeros_like(given)
+    known = onepic.join(given[:, None], wanted, trained_as.layout)
     noise = torch.stack([torch.randn(known.shape[1:], generator=rng(seed + i, "given")) for i in range(len(known))])
     noise = noise.to(known)
-    is_wanted = onepic.join(torch.zeros_like(given), torch.ones_like(given), trained_as.layout).bool()
+    is_wanted = onepic.join(wanted[:, None], torch.ones_like(wanted), trained_as.layout).bool()
     objective = pipeline.schedule.objective
 
     def network(x, t, context, pooled, size_ids, residuals):
-        branches = len(x) // len(known)  # with and without the text
-        repeated = [rows.repeat(branches, 1, 1, 1) for rows in (known, noise, is_wanted)]
-        x = onepic.network_view(x, t, *repeated, trained_as.visible, objective)
+        branches = len(x) // len(known)  # with and without the text or the source
+        shown = [known] * branches
+        if by_source:
+            shown[0] = torch.zeros_like(known)
+        repeated = [rows.repeat(branches, 1, 1, 1) for rows in (noise, is_wanted)]
+        x = onepic.network_view(x, t, torch.cat(shown), *repeated, trained_as.visible, objective)
         return pipeline.unet(x, t, context, pooled, size_ids, residuals)
 
     return network
@@ -124,6 +133,7 @@ def main():
     parser.add_argument("--model", default="weights/tiny")
     parser.add_argument("--pictures", type=int, default=512)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
     pipeline, judge = Pipeline.load(options.model), probe.load_judge(f"{options.model}/judge")
     count, results = options.pictures, {}
@@ -148,7 +158,8 @@ def main():
             results["steps"] = {s: sweep(judge, pipeline, asked, prompts, features[0], steps=s)
                                 for s in (5, 10, 20, 30, 50)}
     show(results)
-    print(record("quality", results, model=options.model, pictures=count, seeds=options.seeds))
+    out = options.out.with_suffix("").resolve()
+    print(record(out, results, model=options.model, pictures=count, seeds=options.seeds))
 
 
 @torch.no_grad()

@@ -144,7 +144,8 @@ def results() -> str:
         "# Results", "",
         "Everything here is written by `python tests/benchmarks/report.py` from the JSON files in this folder. Each "
         "holds the command, the seeds, the date, the hardware and the versions; the command makes it anew.", ""]
-    for section in (quality, loss_by_timestep, baselines, mtu, in_domain, networks, attention, casting, loading, damage, world):
+    for section in (quality, loss_by_timestep, baselines, mtu, in_domain, specialist, onediffusion, networks, attention,
+                    attention_sweep, casting, loading, damage, world):
         lines += section()
     return "\n".join(lines).rstrip() + "\n"
 
@@ -158,7 +159,8 @@ def read(name: str) -> dict | None:
 def source(found: dict) -> str:
     """How, when and on what something was measured."""
     machine = found.get("gpu") or found.get("cpu") or found.get("machine")
-    return f"`{found['command']}`, {found['date']}, {machine}, PyTorch {found['torch']}."
+    note = f" {found['note']}" if "note" in found else ""
+    return f"`{found['command']}`, {found['date']}, {machine}, PyTorch {found['torch']}.{note}"
 
 
 def table(heads: list[str], rows: list[list[str]]) -> list[str]:
@@ -236,7 +238,7 @@ def baselines() -> list[str]:
         "the top of `tests/benchmarks/cases.py`; in short:", "",
         "- subject: `identity` the subject is right, `setting` what the prompt says around it, `class` other members of "
         "its class are still drawn, `leak` they look like the subject, `others` everything else is still drawn;",
-        "- control: `edge F1` of the map's edges, `layout` all shapes, sizes, places and relations right, and `shape`, "
+        "- control: `edge F1` of the map's edges (`shuffled`: of another picture's), `layout` all shapes, sizes, places and relations right, and `shape`, "
         "`size`, `place`, `relation` the share of each alone, `text` all that the prompt says;",
         "- edit: `changed` what the instruction changes is right, `kept` all else is, `edited` both, PSNR to the exact "
         "picture in dB;",
@@ -248,7 +250,7 @@ def baselines() -> list[str]:
     machines = {}
     for row in found["results"]:
         if "cpu" in row:
-            machines.setdefault(row["cpu"], {})[row["task"]] = True
+            machines.setdefault(row.get("gpu") or row["cpu"], {})[row["task"]] = True
     where = "; ".join(f"{', '.join(tasks)} on {cpu}" for cpu, tasks in machines.items())
     return [*lines, f"{found['pictures']} pictures per cell and seed, mean and spread. "
             f"`python tests/benchmarks/baselines.py`, {found['date']}, {where}, PyTorch {found['torch']}.", ""]
@@ -332,6 +334,89 @@ def in_domain() -> list[str]:
         f"{first['pictures']} drawings of {first['steps']} steps per cell and seed, mean and spread. {source(found)}", ""]
 
 
+def specialist() -> list[str]:
+    lines, sources = [], []
+    facts = ("style", "whole", "place", "nearest", "inverted")
+    suffixes = ("inverted colors", "vertical flip")
+    for file in ("specialist", "specialist-gpu"):
+        found = read(file)
+        if found is None:
+            continue
+        for style in dict.fromkeys(row["style"] for row in found["results"]):
+            rows = []
+            of_style = [row for row in found["results"] if row["style"] == style]
+            for name in dict.fromkeys(row["name"] for row in of_style):
+                seeds = [row for row in of_style if row["name"] == name]
+                for steps in seeds[0]["at"]:
+                    scores = [row["at"][steps] for row in seeds]
+                    cells = [cell([score[fact] for score in scores]) for fact in facts]
+                    obeyed = [cell([score.get(f"obeyed: {suffix}") for score in scores]) for suffix in suffixes]
+                    rows.append([name, "" if steps == "0" else steps, len(seeds), *cells, *obeyed])
+            lines += [*table([style, "steps", "seeds", *facts, *suffixes], rows), ""]
+        drawings, steps, *_ = found["results"][0]["made"]["size"]
+        sources.append(f"{drawings} drawings of {steps} steps per cell and seed, mean and spread. {source(found)}")
+    if not lines:
+        return []
+    return [
+        "## Specialist Diffusion", "",
+        "A style (mosaic, poster, sketch or neon), learned from eight pictures with captions, other ones for each seed. "
+        "`steps`: of training; `seeds`: runs. `style`: distance to true pictures in the style; `whole`: everything that the "
+        "caption says is read in the drawing; `place`: the places alone, for styles in which the judge reads nothing else; "
+        "`nearest`: PSNR in dB of the drawing that is nearest to one of the eight, high where it was memorised; `inverted`: "
+        "drawings that look inverted or upside down though nobody asked; `inverted colors`, `vertical flip`: those that do so "
+        "where the prompt asks for this transformation. \"renders\" are true pictures of the captions, \"rebuilt\" the same "
+        "through the VAE, which no drawing can be better than; \"untouched\" is the model before training. The other rows are "
+        "explained in `tests/benchmarks/specialist.py`.", "", *lines, *sources, ""]
+
+
+def onediffusion() -> list[str]:
+    lines, sources = [], []
+    for file in ("onediffusion", "onediffusion-gpu"):
+        found = read(file)
+        if found is None:
+            continue
+        rows = []
+        for name in dict.fromkeys(row["name"] for row in found["results"]):
+            seeds = [row for row in found["results"] if row["name"] == name]
+            steps = statistics.mean(row["steps of training"] for row in seeds)
+            for task in seeds[0]["scores"]:
+                for score, drawn, shuffled, reference in onediffusion_scores([row["scores"][task] for row in seeds]):
+                    rows.append([name, f"{steps:.0f}", len(seeds), task, score, drawn, shuffled, reference])
+        lines += [*table(["entry", "steps", "seeds", "task", "score", "drawn", "shuffled", "reference"], rows), ""]
+        made = found["results"][0]["made"]
+        sources.append(f"{made['pictures']} drawings of {made['steps']} steps per cell and seed, mean and spread. "
+                       f"{source(found)}")
+    if not lines:
+        return []
+    return [
+        "## OneDiffusion", "",
+        "One network for all tasks, trained from nothing, in both directions. `entry`: what is trained, see "
+        "`tests/benchmarks/onediffusion.py`; `steps`: of training; `seeds`: runs; `task`: what is drawn from what. `score`: PSNR "
+        "in dB (from so many given pictures), abs_rel and delta1 of depth, degrees between normals, mIoU of labels, F1 of edges, "
+        "whole: the share of captions that the judge finds wholly right; of cameras, the share within a part of the distance. "
+        "`drawn`: of the drawings; `shuffled`: the same with another sample's condition, which must be worse; `reference`: what "
+        "the given picture itself scores, or for maps the exact map through the VAE.", "", *lines, *sources, ""]
+
+
+def onediffusion_scores(seeds: list[dict]) -> list[list[str]]:
+    """A task's scores of each seed -> [name, drawn, shuffled, reference] of each score."""
+    names = [name for name in seeds[0] if not name.startswith(("shuffled", "copied", "through"))]
+    if "whole" in names:
+        names = ["whole"]  # of its facts, each of which the judge reads too
+    rows = []
+    for name in names:
+        shuffled = [f"shuffled {name}", "shuffled"]  # its own, or one for the whole task
+        if name.startswith("from "):
+            shuffled.insert(0, name.replace("from ", "shuffled, "))
+        reference = (f"through the VAE {name}", "copied")
+        cells = []
+        for options in ((name,), shuffled, reference):
+            chosen = next((option for option in options if option in seeds[0]), None)
+            cells.append(cell([row.get(chosen) for row in seeds]))
+        rows.append([name, *cells])
+    return rows
+
+
 def networks() -> list[str]:
     lines = [
         "## Whole networks beside diffusers", "",
@@ -340,10 +425,11 @@ def networks() -> list[str]:
         "CPU, time on a GPU. `speed`: diffusers' time over this row's. `GEMM rate`: the share of the speed of one large "
         "matrix product, measured in the same run, that the network reaches. `peak memory`: the most that a training step "
         "held, of the whole process on a CPU; empty where it was not measured. \"minipic graph\" is what sample.py does on "
-        "a GPU, \"plain norms\" has PyTorch's norms in place of minipic's kernels, \"flash attention\" minipic's flash "
-        "attention in place of PyTorch's.", ""]
+        "a GPU, \"plain norms\" has PyTorch's norms in place of minipic's kernels, \"PyTorch's attention\" its attention "
+        "in place of minipic's.", ""]
     rows, sources = [], []
-    for name in ("unet_step", "unet_step-gpu", "vae", "train_step", "picture"):
+    programs = ("unet_step", "vae", "train_step", "picture")
+    for name in (*programs, *(f"{program}-gpu" for program in programs)):
         found = read(name)
         if found is None:
             continue
@@ -393,6 +479,27 @@ def attention() -> list[str]:
         lines += [f"{unit} on {machine}, for attention of SDXL's shapes: in an image to itself or to the text. "
                   + " ".join(explained), "", *table(["attention", *ways], rows), "", calls + source(found), ""]
     return lines
+
+
+def attention_sweep() -> list[str]:
+    """Flash attention with the blocks that choose_blocks takes, and the best ones, beside PyTorch's kernels."""
+    found = read("attention_sweep")
+    if found is None:
+        return []
+    rows = []
+    for shape, times in found["results"].items():
+        for kernel in ("forward", "queries", "keys"):
+            best = min(times[kernel], key=times[kernel].get)
+            rows.append([f"{shape}, {kernel}", best, f"{times[kernel][best]:.1f}"])
+        for what in ("forward", "forward and backward"):
+            for peer, microseconds in times[f"PyTorch, {what}"].items():
+                rows.append([f"{shape}, {what}", peer, f"{microseconds:.1f}"])
+    return [
+        "Flash attention's kernels one by one and PyTorch's kernels. `blocks or kernel`: the fastest blocks of ours (queries "
+        "and keys of a block, warps, stages), or which of PyTorch's. `microseconds`: for one call. A pass forward is one "
+        "kernel, \"forward\"; one backward is two, \"queries\" and \"keys\". Only PyTorch's \"sdpa flash\" and \"efficient\" "
+        "can be trusted to train: the gradients of cuDNN's were NaN for the tiny UNet.", "",
+        *table(["attention", "blocks or kernel", "microseconds"], rows), "", source(found), ""]
 
 
 def casting() -> list[str]:
