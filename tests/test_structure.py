@@ -97,7 +97,7 @@ def banned(path, nodes):
         top = name.split(".")[0]
         own = {"triton"} if path in TRITON else set()  # comes with PyTorch for CUDA
         if not path.startswith("minipic/"):
-            own = {"train", "sample", "quality", "record"}  # programs here, which others may run
+            own = {"train", "sample", "quality", "record", "lesson", "coursework"}  # programs here, which others may run
         if top == "pickle" or top not in PACKAGES | own | sys.stdlib_module_names:
             yield f"{path}:{line} imports {name}"
     for node in ast.walk(nodes):
@@ -249,6 +249,19 @@ def test_every_column_of_the_results_is_explained():
             if next_line.startswith("| ---"):
                 for column in line.strip("| ").split(" | "):
                     assert re.search(rf"\b{re.escape(column)}\b", prose, re.I), f"{lines[0]}: {column}"
+
+
+def test_scores_of_onediffusion_stand_beside_their_shuffled_and_reference_scores():
+    seeds = [
+        {"PSNR": 18, "shuffled": 12, "copied": 9}, {"PSNR": 20, "shuffled": 12, "copied": 9}]
+    assert report.onediffusion_scores(seeds) == [["PSNR", "19.000 ±2.000", "12.000 ±0.000", "9.000 ±0.000"]]
+    depth = {"abs_rel": .1, "delta1": .9, "shuffled abs_rel": .5, "shuffled delta1": .3, "through the VAE abs_rel": .05}
+    assert report.onediffusion_scores([depth]) == [
+        ["abs_rel", "0.100", "0.500", "0.050"], ["delta1", "0.900", "0.300", ""]]
+    subject = {"from 1": 12, "shuffled, 1": 9, "from 2": 13, "shuffled, 2": 8}
+    assert report.onediffusion_scores([subject]) == [
+        ["from 1", "12.000", "9.000", ""], ["from 2", "13.000", "8.000", ""]]
+    assert report.onediffusion_scores([{"count": .9, "whole": .5}]) == [["whole", "0.500", "", ""]]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests" / "benchmarks").glob("*.json")), ids=lambda path: path.stem)

@@ -68,10 +68,11 @@ class Objective:
             that do this.
         where: the part that counts, bool, broadcasts to x0; all of it if None.
         """
-        sigma = self.schedule.sigma(t).to(x0)
+        sigma = self.schedule.sigma(t).to(x0, non_blocking=True)
         sigma = sigma.reshape(sigma.shape + (1,) * (x0.ndim - sigma.ndim))
         x = self.add_noise(x0, noise, sigma)
-        prediction = predict(self.network_input(x, sigma), t.to(x0.device))
+        t = t.to(x0.device, non_blocking=True)
+        prediction = predict(self.network_input(x, sigma), t)
         # A prediction in 16 bits is promoted to the type of x0 here.
         error = (prediction - self.target(x0, noise, sigma)) ** 2
         if balanced:
