@@ -59,8 +59,12 @@ def used_by_children():
 
 @pytest.mark.parametrize("path", [marked(path) for path in LESSONS])
 def test_a_lesson_runs(path, tmp_path):
-    """Offline, from another folder, with two threads: it ends well, within twice its time, and draws its figures."""
-    own = {"OMP_NUM_THREADS": "2", "LESSON_FIGURES": str(tmp_path / "figures")}
+    """Offline, from another folder, with two threads: it ends well, within twice its time, and draws its figures.
+
+    Checkpoints may miss their bands by the width of these: another kind of CPU rounds otherwise.
+    """
+    values = tmp_path / "values"
+    own = {"OMP_NUM_THREADS": "2", "LESSON_FIGURES": str(tmp_path / "figures"), "LESSON_VALUES": str(values)}
     start, used = time.monotonic(), used_by_children()
     run = subprocess.run([sys.executable, "-c", OFFLINE, str(path)], cwd=tmp_path, env=os.environ | own,
                          capture_output=True, text=True)
@@ -72,9 +76,12 @@ def test_a_lesson_runs(path, tmp_path):
     assert sorted(file.stem for file in (tmp_path / "figures").iterdir()) == sorted(header["Figures"].split(", "))
     for file in (tmp_path / "figures").iterdir():
         not_blank(file)
-    checkpoints = re.findall(r"^checkpoint: (.*) is \S+, expected", run.stdout, re.M)
-    bands = json.loads(render.BANDS.read_text())[path.stem]
-    assert checkpoints == list(bands["checkpoints"]) and len(checkpoints) >= 2
+    checkpoints = [json.loads(line) for line in values.read_text().splitlines()]
+    bands = json.loads(render.BANDS.read_text())[path.stem]["checkpoints"]
+    assert [name for name, _ in checkpoints] == list(bands) and len(bands) >= 2
+    for name, value in checkpoints:
+        low, high = bands[name]
+        assert low - (high - low) <= value <= high + (high - low), name
 
 
 def not_blank(file):
