@@ -61,7 +61,7 @@ def used_by_children():
 def test_a_lesson_runs(path, tmp_path):
     """Offline, from another folder, with two threads: it ends well, within twice its time, and draws its figures.
 
-    Checkpoints may miss their bands by the width of these: another kind of CPU rounds otherwise.
+    On another kind of CPU than the bands', which rounds otherwise, checkpoints may miss them by their width.
     """
     values = tmp_path / "values"
     own = {"OMP_NUM_THREADS": "2", "LESSON_FIGURES": str(tmp_path / "figures"), "LESSON_VALUES": str(values)}
@@ -77,11 +77,13 @@ def test_a_lesson_runs(path, tmp_path):
     for file in (tmp_path / "figures").iterdir():
         not_blank(file)
     checkpoints = [json.loads(line) for line in values.read_text().splitlines()]
-    bands = json.loads(render.BANDS.read_text())[path.stem]["checkpoints"]
+    recorded = json.loads(render.BANDS.read_text())[path.stem]
+    bands = recorded["checkpoints"]
+    room = 0 if recorded["measured"]["processor"] == render.processor() else 1
     assert [name for name, _ in checkpoints] == list(bands) and len(bands) >= 2
     for name, value in checkpoints:
         low, high = bands[name]
-        assert low - (high - low) <= value <= high + (high - low), name
+        assert low - room * (high - low) <= value <= high + room * (high - low), name
 
 
 def not_blank(file):

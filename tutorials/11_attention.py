@@ -214,7 +214,8 @@ for size in (16, 64, 256, 1024, 2048):
 lesson.show(table(rows, "Online softmax of 2048 tokens, one head"), "blocks",
             "The last row is one block of all keys, the formula itself. With 16 keys the largest "
             "tensor is no longer the scores (0.13 MB) but the output (0.52 MB).")
-lesson.expect("queries in a chunk of `chunked`", chunk_sizes(given[0][:, :, 0], given[1].shape[1])[0])
+queries_at_once, _ = chunk_sizes(given[0][:, :, 0], given[1].shape[1])
+lesson.expect("queries in a chunk of `chunked`", queries_at_once)
 
 # %% [markdown]
 # So the answer to the second question is yes: exact up to rounding. Flash attention is no

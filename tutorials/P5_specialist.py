@@ -58,8 +58,8 @@ lesson.show(image_grid(pictures[:4], captions[:4], columns=4, cell=128), "pictur
             "captions say what is shown, not how.")
 
 config = specialist.Settings(
-    data=str(folder), style="poster", batch=8, lr=2e-4, doubled=0.2, precision="fp32", content_every=1,
-    seed=lesson.seed)
+    data=str(folder), style="poster", batch=8, lr=2e-4, doubled=0.2, precision="fp32",
+    content_every=1, seed=lesson.seed)
 
 
 def start(config: specialist.Settings):

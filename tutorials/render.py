@@ -216,11 +216,19 @@ def measure_bands(path: Path, seeds: int):
         "measured": {
             "command": f"python tutorials/render.py --bands {path.stem} --seeds {seeds}",
             "seeds": seeds, "threads": [1, 2], "seconds of a run": round(median(seconds), 1),
-            "date": str(date.today()), "processor": platform.machine(),
+            "date": str(date.today()), "processor": processor(),
             "torch": version("torch")}}
     text = json.dumps(dict(sorted(bands.items())), indent=1)
     text = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
     BANDS.write_text(text + "\n", encoding="utf-8")
+
+
+def processor() -> str:
+    """The kind of this processor, and which instructions for bf16 it has: what rounding depends on."""
+    sys.path.insert(0, str(FOLDER.parent))
+    from minipic.common import cpu_has  # here, because PyTorch takes seconds to be imported
+    has = [name for name in ("avx512_bf16", "amx_tile") if cpu_has(name)]
+    return ", ".join([platform.machine(), *has])
 
 
 def band(values: list[float]) -> list[float]:

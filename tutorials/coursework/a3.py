@@ -1,13 +1,14 @@
 '''# A3: the UNet's blocks and attention
 
-The UNet of SDXL looks large, but it is made of a few blocks that repeat. A residual block sees its neighbourhood of
-pixels and the noise level. A spatial transformer lets every pixel look at every other one, and at the words of the
-prompt. Here you write the parts of both, from the sinusoids that tell the noise level to the layer where the text
-comes in.
+The UNet of SDXL looks large, but it is made of a few blocks that repeat. A residual block sees its
+neighbourhood of pixels and the noise level. A spatial transformer lets every pixel look at every
+other one, and at the words of the prompt. Here you write the parts of both, from the sinusoids that
+tell the noise level to the layer where the text comes in.
 
-Shapes are written in brackets: B pictures, C channels, H x W pixels, N tokens of width D, M keys, h heads, d numbers a
-head. Read "Attention Is All You Need" (arXiv 1706.03762), sections 3.2 and 3.5, and section 3.3 of "High-Resolution
-Image Synthesis with Latent Diffusion Models" (arXiv 2112.10752).
+Shapes are written in brackets: B pictures, C channels, H x W pixels, N tokens of width D, M keys, h
+heads, d numbers a head. Read "Attention Is All You Need" (arXiv 1706.03762), sections 3.2 and 3.5,
+and section 3.3 of "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv
+2112.10752).
 '''
 
 from unittest import mock
@@ -23,13 +24,16 @@ from minipic.models import unet
 PROMPT = "a small blue cone on a pink floor"
 
 
-# ---- inputs ------------------------------------------------------------------------------------------------------
+# ---- inputs --------------------------------------------------------------------------------------
+
 
 def embedding_cases(random):
-    for name, t, width in (("one timestep", random.uniform(0, 1000, 1), 2),
-                           ("three timesteps", random.uniform(0, 1000, 3), 10),
-                           ("whole numbers", random.integers(1000, 4), 6),
-                           ("numbers of 64 bits", random.uniform(0, 1000, 5).double(), 4)):
+    for name, t, width in (
+        ("one timestep", random.uniform(0, 1000, 1), 2),
+        ("three timesteps", random.uniform(0, 1000, 3), 10),
+        ("whole numbers", random.integers(1000, 4), 6),
+        ("numbers of 64 bits", random.uniform(0, 1000, 5).double(), 4),
+    ):
         yield Case(name, unet.timestep_embedding, t, width)
 
 
@@ -43,8 +47,12 @@ def embedding_identities(random):
 
 
 def future_cases(random):
-    for name, shape, first in (("two queries", (2, 3), 0), ("a square", (2, 4, 5, 5), 0), ("a chunk", (2, 3, 8), 4),
-                               ("more queries than keys", (1, 6, 2), 0)):
+    for name, shape, first in (
+        ("two queries", (2, 3), 0),
+        ("a square", (2, 4, 5, 5), 0),
+        ("a chunk", (2, 3, 8), 4),
+        ("more queries than keys", (1, 6, 2), 0),
+    ):
         yield Case(name, attention.hide_future, random.normal(*shape), first)
     yield Case("without first_query", attention.hide_future, random.normal(3, 4, 4))
 
@@ -61,8 +69,18 @@ def softmax_cases(random):
     mask[0] = False
     mask[1, :, 1:] = False
     mask[1, :, 0] = True
-    yield Case("one row sees nothing, one sees one key", attention.masked_softmax, random.normal(3, 2, 5), mask)
-    yield Case("one mask for all", attention.masked_softmax, 40 * random.normal(2, 3, 4), torch.arange(4) < 3)
+    yield Case(
+        "one row sees nothing, one sees one key",
+        attention.masked_softmax,
+        random.normal(3, 2, 5),
+        mask,
+    )
+    yield Case(
+        "one mask for all",
+        attention.masked_softmax,
+        40 * random.normal(2, 3, 4),
+        torch.arange(4) < 3,
+    )
 
 
 def softmax_identities(random):
@@ -75,9 +93,17 @@ def softmax_identities(random):
 
 def attention_cases(random):
     layer = random.fill(attention.Attention(6, 10, heads=2, head_dim=4))
-    yield Case("to a context", attention.Attention.forward, layer, random.normal(3, 5, 6), random.normal(3, 7, 10))
+    yield Case(
+        "to a context",
+        attention.Attention.forward,
+        layer,
+        random.normal(3, 5, 6),
+        random.normal(3, 7, 10),
+    )
     layer = random.fill(attention.Attention(6, 6, heads=3, head_dim=2, qkv_bias=True))
-    yield Case("to a context as wide as x", attention.Attention.forward, layer, *random.normal(2, 2, 4, 6))
+    yield Case(
+        "to a context as wide as x", attention.Attention.forward, layer, *random.normal(2, 2, 4, 6)
+    )
     yield Case("to itself", attention.Attention.forward, layer, random.normal(2, 5, 6))
     k, v = random.normal(2, 2, 4, 3, 2)
     yield Case("keys and values are given", with_keys_values, layer, random.normal(2, 5, 6), k, v)
@@ -92,15 +118,26 @@ def attention_identities(random):
     x = random.normal(2, 5, 6)
     context = random.normal(2, 7, 8)
     order = torch.randperm(7, generator=random.generator)
-    yield "the order of the keys does not matter", layer(x, context[:, order]), layer(x, context), 1e-5
+    yield "the order of the keys does not matter", layer(x, context[:, order]), layer(
+        x, context
+    ), 1e-5
     same = layer(x, context[:, :1].expand(-1, 7, -1))
     yield "equal keys count as one", same, layer(x, context[:, :1]), 1e-5
 
 
 def resnet_cases(random):
-    for name, inputs, outputs, shape in (("as many channels", 4, 4, (1, 4, 3, 5)), ("more channels", 4, 6, (2, 4, 5, 3))):
+    for name, inputs, outputs, shape in (
+        ("as many channels", 4, 4, (1, 4, 3, 5)),
+        ("more channels", 4, 6, (2, 4, 5, 3)),
+    ):
         block = random.fill(blocks.ResnetBlock(inputs, outputs, groups=2, eps=1e-5, temb_width=7))
-        yield Case(name, blocks.ResnetBlock.forward, block, random.normal(*shape), random.normal(shape[0], 7))
+        yield Case(
+            name,
+            blocks.ResnetBlock.forward,
+            block,
+            random.normal(*shape),
+            random.normal(shape[0], 7),
+        )
     block = random.fill(blocks.ResnetBlock(6, 4, groups=2, eps=1e-3))
     yield Case("without temb", blocks.ResnetBlock.forward, block, random.normal(3, 6, 2, 4))
 
@@ -114,7 +151,8 @@ def resnet_identities(random):
 
 
 class Stub(nn.Module):
-    """In the place of a transformer block: mixes tokens and text in a way that is easy to follow."""
+    """In the place of a transformer block: mixes tokens and text in a way that is easy to
+    follow."""
 
     def forward(self, x, context):
         rows = torch.arange(1.0, x.shape[1] + 1).to(x)[:, None]
@@ -124,17 +162,28 @@ class Stub(nn.Module):
 def transformer_cases(random):
     for linear, shape in ((True, (2, 4, 3, 5)), (False, (1, 4, 5, 2))):
         config = unet.UNetConfig(
-            block_out_channels=(4, 4, 4), norm_num_groups=2, attention_head_dim=2, cross_attention_dim=4,
-            use_linear_projection=linear)
+            block_out_channels=(4, 4, 4),
+            norm_num_groups=2,
+            attention_head_dim=2,
+            cross_attention_dim=4,
+            use_linear_projection=linear,
+        )
         layer = random.fill(unet.SpatialTransformer(4, 0, 2, config))
         layer.transformer_blocks = nn.ModuleList([Stub(), Stub()])
         name = "projects tokens" if linear else "projects pixels"
-        yield Case(name, unet.SpatialTransformer.forward, layer, random.normal(*shape), random.normal(shape[0], 6, 4))
+        yield Case(
+            name,
+            unet.SpatialTransformer.forward,
+            layer,
+            random.normal(*shape),
+            random.normal(shape[0], 6, 4),
+        )
 
 
 def transformer_identities(random):
     config = unet.UNetConfig(
-        block_out_channels=(4, 4, 4), norm_num_groups=2, attention_head_dim=2, cross_attention_dim=4)
+        block_out_channels=(4, 4, 4), norm_num_groups=2, attention_head_dim=2, cross_attention_dim=4
+    )
     layer = random.fill(unet.SpatialTransformer(4, 0, 2, config))
     layer.proj_out.weight.data.zero_()
     layer.proj_out.bias.data.zero_()
@@ -142,7 +191,8 @@ def transformer_identities(random):
     yield "when the last projection is zero, x goes through", layer(x, random.normal(2, 6, 4)), x
 
 
-# ---- the tiny model ----------------------------------------------------------------------------------------------
+# ---- the tiny model ------------------------------------------------------------------------------
+
 
 def picture():
     """a small blue cone on a pink floor, 8 steps"""
@@ -162,17 +212,30 @@ def scores_of_sdxl():
     return 2 * heads * side**2 * side**2
 
 
-# ---- attention of your own ---------------------------------------------------------------------------------------
+# ---- attention of your own -----------------------------------------------------------------------
+
 
 def windowed(*arguments):
     return resolve("answers.a3:windowed_attention")(*arguments)
 
 
 def windowed_cases(random):
-    yield Case("q is 0: the mean of the window", windowed, torch.zeros(1, 6, 1, 2), random.normal(1, 6, 1, 2),
-               random.normal(1, 6, 1, 2), 1)
-    yield Case("q is 0, a larger window", windowed, torch.zeros(2, 9, 3, 4), random.normal(2, 9, 3, 4),
-               random.normal(2, 9, 3, 4), 3)
+    yield Case(
+        "q is 0: the mean of the window",
+        windowed,
+        torch.zeros(1, 6, 1, 2),
+        random.normal(1, 6, 1, 2),
+        random.normal(1, 6, 1, 2),
+        1,
+    )
+    yield Case(
+        "q is 0, a larger window",
+        windowed,
+        torch.zeros(2, 9, 3, 4),
+        random.normal(2, 9, 3, 4),
+        random.normal(2, 9, 3, 4),
+        3,
+    )
     yield Case("the window holds everything", windowed, *random.normal(3, 2, 5, 3, 4), 4)
     yield Case("a window of the token alone", windowed, *random.normal(3, 2, 5, 3, 4), 0)
 
@@ -182,10 +245,12 @@ def windowed_identities(random):
     before = windowed(q, k, v, 2)
     k[:, 7] += 5
     v[:, 7] -= 3
-    yield "what lies outside of the window does not count", windowed(q, k, v, 2)[:, :5], before[:, :5], 1e-6
+    yield "what lies outside of the window does not count", windowed(q, k, v, 2)[:, :5], before[
+        :, :5
+    ], 1e-6
 
 
-# ---- tasks -------------------------------------------------------------------------------------------------------
+# ---- tasks ---------------------------------------------------------------------------------------
 
 WINDOWED_STUB = '''
 def windowed_attention(q, k, v, window):
@@ -204,99 +269,203 @@ def check_geglu(geglu):
 
 TASKS = [
     Exercise(
-        "A3.1", "minipic.models.unet:timestep_embedding", 10,
-        "A network cannot do much with the number 537. It is given cosines and sines of it instead, fast ones that tell "
+        "A3.1",
+        "minipic.models.unet:timestep_embedding",
+        10,
+        "A network cannot do much with the number 537. It is given cosines and sines of it "
+        "instead, fast ones that tell "
         "neighbours apart and slow ones that tell the region.",
-        embedding_cases, embedding_identities, picture,
-        hints=("Angles are t times a frequency, and the frequencies fall from 1 to about 1/10000.",
-               "t may be whole numbers or 16 bits: compute in float32.")),
+        embedding_cases,
+        embedding_identities,
+        picture,
+        hints=(
+            "Angles are t times a frequency, and the frequencies fall from 1 to about 1/10000.",
+            "t may be whole numbers or 16 bits: compute in float32.",
+        ),
+    ),
     Exercise(
-        "A3.2", "minipic.layers.attention:hide_future", 10,
-        "A text encoder reads from left to right: no word may look at those after it. Scores of later keys become "
+        "A3.2",
+        "minipic.layers.attention:hide_future",
+        10,
+        "A text encoder reads from left to right: no word may look at those after it. Scores of "
+        "later keys become "
         "minus infinity, and the softmax makes zeros of them.",
-        future_cases, future_identities, naive_picture,
-        hints=("`torch.triu` keeps what is above a diagonal, and tells which one by a number.",
-               "Row 0 of a chunk is query number `first_query`.")),
+        future_cases,
+        future_identities,
+        naive_picture,
+        hints=(
+            "`torch.triu` keeps what is above a diagonal, and tells which one by a number.",
+            "Row 0 of a chunk is query number `first_query`.",
+        ),
+    ),
     Exercise(
-        "A3.3", "minipic.layers.attention:masked_softmax", 15,
-        "The softmax over those keys that the mask shows. A row that sees no key at all is the trap: minus infinity "
+        "A3.3",
+        "minipic.layers.attention:masked_softmax",
+        15,
+        "The softmax over those keys that the mask shows. A row that sees no key at all is the "
+        "trap: minus infinity "
         "everywhere gives NaN.",
-        softmax_cases, softmax_identities, naive_picture,
-        hints=("`torch.finfo(scores.dtype).min` is the lowest number, and is finite.",
-               "A row that sees nothing still gets weights from the softmax. Set them to 0 afterwards.")),
+        softmax_cases,
+        softmax_identities,
+        naive_picture,
+        hints=(
+            "`torch.finfo(scores.dtype).min` is the lowest number, and is finite.",
+            "A row that sees nothing still gets weights from the softmax. Set them to 0 "
+            "afterwards.",
+        ),
+    ),
     Exercise(
-        "A3.4", "minipic.layers.attention:Attention.forward", 15,
-        "Queries come from x, keys and values from the context: the text, or x itself. `keys_and_values` and "
-        "`attention` are there. The context may also be a `TextKeysValues`, in which this layer finds both ready.",
-        attention_cases, attention_identities, picture,
-        hints=("Split the last dimension into heads: [B,N,hd] -> [B,N,h,d].", "Join the heads again before `to_out`.")),
+        "A3.4",
+        "minipic.layers.attention:Attention.forward",
+        15,
+        "Queries come from x, keys and values from the context: the text, or x itself. "
+        "`keys_and_values` and "
+        "`attention` are there. The context may also be a `TextKeysValues`, in which this layer "
+        "finds both ready.",
+        attention_cases,
+        attention_identities,
+        picture,
+        hints=(
+            "Split the last dimension into heads: [B,N,hd] -> [B,N,h,d].",
+            "Join the heads again before `to_out`.",
+        ),
+    ),
     Exercise(
-        "A3.5", "minipic.layers.blocks:ResnetBlock.forward", 15,
-        "Norm, SiLU, convolution, twice; in between the noise level is added to every pixel; and at the end comes the "
+        "A3.5",
+        "minipic.layers.blocks:ResnetBlock.forward",
+        15,
+        "Norm, SiLU, convolution, twice; in between the noise level is added to every pixel; and "
+        "at the end comes the "
         "input, by way of `conv_shortcut`. `group_norm(x, norm, silu=True)` does norm and SiLU.",
-        resnet_cases, resnet_identities, picture,
-        hints=("temb goes through SiLU and `time_emb_proj`, and is added between the first convolution and the second "
-               "norm.", "x itself must stay as it is.")),
+        resnet_cases,
+        resnet_identities,
+        picture,
+        hints=(
+            "temb goes through SiLU and `time_emb_proj`, and is added between the first "
+            "convolution and the second "
+            "norm.",
+            "x itself must stay as it is.",
+        ),
+    ),
     Exercise(
-        "A3.6", "minipic.models.unet:SpatialTransformer.forward", 20,
-        "Pixels become tokens, pass through the transformer blocks, and come back. SDXL projects tokens, by a Linear; "
+        "A3.6",
+        "minipic.models.unet:SpatialTransformer.forward",
+        20,
+        "Pixels become tokens, pass through the transformer blocks, and come back. SDXL projects "
+        "tokens, by a Linear; "
         "SD 1.5 projects pixels, by a 1x1 convolution.",
-        transformer_cases, transformer_identities, picture,
-        hints=("[B,C,H,W] -> [B,HW,C]: flatten the pixels, and exchange the last two dimensions.",
-               "A convolution needs pixels: it comes before the pixels become tokens, and after they are pixels again.")),
+        transformer_cases,
+        transformer_identities,
+        picture,
+        hints=(
+            "[B,C,H,W] -> [B,HW,C]: flatten the pixels, and exchange the last two dimensions.",
+            "A convolution needs pixels: it comes before the pixels become tokens, and after they "
+            "are pixels again.",
+        ),
+    ),
     Prediction(
-        "A3.7", "answers.a3:SCORES", 10,
-        "SDXL draws 1024 x 1024 pixels, two predictions at a time because of guidance. The VAE makes 8 x 8 pixels one, "
-        "and the first attention comes after the first downsampling, with 10 heads. How many numbers has the matrix of "
+        "A3.7",
+        "answers.a3:SCORES",
+        10,
+        "SDXL draws 1024 x 1024 pixels, two predictions at a time because of guidance. The VAE "
+        "makes 8 x 8 pixels one, "
+        "and the first attention comes after the first downsampling, with 10 heads. How many "
+        "numbers has the matrix of "
         "scores of one such self-attention? Write down your number before you compute it.",
-        scores_of_sdxl, within=0.05),
+        scores_of_sdxl,
+        within=0.05,
+    ),
     Exercise(
-        "A3.8", "answers.a3:windowed_attention", 20,
-        "Nothing in minipic does this one. In long sequences most keys are far away and hardly count. Let every token "
+        "A3.8",
+        "answers.a3:windowed_attention",
+        20,
+        "Nothing in minipic does this one. In long sequences most keys are far away and hardly "
+        "count. Let every token "
         "see its neighbourhood alone.",
-        windowed_cases, windowed_identities, stub=WINDOWED_STUB,
-        hints=("Which (n, m) are seen is a matrix of True and False that depends on n - m alone.",)),
+        windowed_cases,
+        windowed_identities,
+        stub=WINDOWED_STUB,
+        hints=("Which (n, m) are seen is a matrix of True and False that depends on n - m alone.",),
+    ),
     BreakIt(
-        "A3.9", "answers.a3:check_geglu", 15,
-        "Write a check of `geglu` that no wrong version passes. Your check is run on the function, on right versions "
+        "A3.9",
+        "answers.a3:check_geglu",
+        15,
+        "Write a check of `geglu` that no wrong version passes. Your check is run on the function, "
+        "on right versions "
         "of it, and on every version with one mistake that the coursework can make.",
-        "minipic.layers.blocks:geglu", GEGLU_STUB,
+        "minipic.layers.blocks:geglu",
+        GEGLU_STUB,
         alternates=(
             """
             half = x.shape[-1] // 2
             return F.gelu(x[..., half:]) * x[..., :half]
-            """,)),
+            """,
+        ),
+    ),
 ]
 
 
-# ==== the instructor's part: what follows is not given to students ====================================================
+# ==== the instructor's part: what follows is not given to students ================================
 
 MISCONCEPTIONS = {  # {number: [(in the reference, what some write, what to tell them), ...]}
     "A3.1": [
         ("[angles.cos(), angles.sin()]", "[angles.sin(), angles.cos()]", "cosines come first"),
         ("* i / half", "* i / width", "the frequencies are spread over half of the width"),
-        ("angles.cos(), angles.sin()], dim=-1)", "angles.cos(), angles.sin()], dim=-1)[:, torch.arange(width)"
-         ".view(2, -1).T.flatten()]", "first all cosines, then all sines; they do not take turns")],
+        (
+            "angles.cos(), angles.sin()], dim=-1)",
+            "angles.cos(), angles.sin()], dim=-1)[:, torch.arange(width)"
+            ".view(2, -1).T.flatten()]",
+            "first all cosines, then all sines; they do not take turns",
+        ),
+    ],
     "A3.2": [
         ("triu(first_query + 1)", "triu(first_query)", "a token sees itself"),
         ("triu(first_query + 1)", "triu(1)", "in a chunk, row 0 is query number first_query"),
-        ("triu(first_query + 1)", "tril(first_query - 1)", "this hides the past")],
+        ("triu(first_query + 1)", "tril(first_query - 1)", "this hides the past"),
+    ],
     "A3.3": [
         (".masked_fill(~mask, 0)", "", "a row that sees nothing must have weights of 0"),
-        ("masked_fill(~mask, lowest).softmax(-1)", "softmax(-1)", "hide keys before the softmax, or weights do not add up to 1")],
+        (
+            "masked_fill(~mask, lowest).softmax(-1)",
+            "softmax(-1)",
+            "hide keys before the softmax, or weights do not add up to 1",
+        ),
+    ],
     "A3.4": [
-        ("self.keys_and_values(x if context is None else context)", "self.keys_and_values(x)[:2] if context is None "
-         "or context.shape[-1] == x.shape[-1] else self.keys_and_values(context)", "the context counts, whatever its width is"),
-        ("self.to_out(attention(q, k, v).flatten(2))", "self.to_out(attention(q, k, v).transpose(1, 2).reshape(*x.shape[:2], -1))",
-         "heads and tokens are mixed up when the heads are joined")],
+        (
+            "self.keys_and_values(x if context is None else context)",
+            "self.keys_and_values(x)[:2] if context is None "
+            "or context.shape[-1] == x.shape[-1] else self.keys_and_values(context)",
+            "the context counts, whatever its width is",
+        ),
+        (
+            "self.to_out(attention(q, k, v).flatten(2))",
+            "self.to_out(attention(q, k, v).transpose(1, 2).reshape(*x.shape[:2], -1))",
+            "heads and tokens are mixed up when the heads are joined",
+        ),
+    ],
     "A3.5": [
         ("return h.add_(self.conv_shortcut(x))", "return h", "the input is not added"),
-        ("self.time_emb_proj(F.silu(temb))", "self.time_emb_proj(temb)", "temb goes through SiLU first"),
-        ("group_norm(h, self.norm2, silu=True)", "group_norm(h, self.norm2)", "there is a SiLU before each convolution")],
+        (
+            "self.time_emb_proj(F.silu(temb))",
+            "self.time_emb_proj(temb)",
+            "temb goes through SiLU first",
+        ),
+        (
+            "group_norm(h, self.norm2, silu=True)",
+            "group_norm(h, self.norm2)",
+            "there is a SiLU before each convolution",
+        ),
+    ],
     "A3.6": [
         ("return residual + x", "return x", "the input is not added"),
-        ("x.transpose(1, 2).unflatten(2, (height, width))", "x.transpose(1, 2).unflatten(2, (width, height)).transpose(2, 3)",
-         "rows and columns are exchanged")],
+        (
+            "x.transpose(1, 2).unflatten(2, (height, width))",
+            "x.transpose(1, 2).unflatten(2, (width, height)).transpose(2, 3)",
+            "rows and columns are exchanged",
+        ),
+    ],
 }
 
 ALTERNATES = {  # {number: [another right body, ...]}
@@ -306,14 +475,16 @@ ALTERNATES = {  # {number: [another right body, ...]}
         frequencies = 10000.0 ** (-i / (width // 2))
         angles = torch.outer(t.float(), frequencies)
         return torch.cat([torch.cos(angles), torch.sin(angles)], 1)
-        """],
+        """
+    ],
     "A3.2": [
         """
         n, m = scores.shape[-2:]
         query = torch.arange(n, device=scores.device)[:, None] + first_query
         key = torch.arange(m, device=scores.device)
         return torch.where(key > query, torch.full_like(scores, float("-inf")), scores)
-        """],
+        """
+    ],
     "A3.3": [
         """
         if mask is None:
@@ -322,7 +493,8 @@ ALTERNATES = {  # {number: [another right body, ...]}
         highest = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).amax(-1, keepdim=True)
         powers = (scores - highest).clamp(max=0).exp() * seen
         return powers / powers.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
-        """],
+        """
+    ],
     "A3.4": [
         """
         q = self.to_q(x)
@@ -335,7 +507,8 @@ ALTERNATES = {  # {number: [another right body, ...]}
             keys, values = self.keys_and_values(context)
         out = attention(q, keys, values, backend="naive")
         return self.to_out(out.reshape(*out.shape[:2], -1))
-        """],
+        """
+    ],
     "A3.5": [
         """
         out = self.conv1(F.silu(self.norm1(x)))
@@ -344,7 +517,8 @@ ALTERNATES = {  # {number: [another right body, ...]}
             out = out + projected.view(*projected.shape, 1, 1)
         out = self.conv2(F.silu(self.norm2(out)))
         return self.conv_shortcut(x) + out
-        """],
+        """
+    ],
     "A3.6": [
         """
         b, c, h, w = x.shape
@@ -360,12 +534,15 @@ ALTERNATES = {  # {number: [another right body, ...]}
         else:
             y = self.proj_out(y.reshape(b, h, w, -1).permute(0, 3, 1, 2))
         return x + y
-        """],
+        """
+    ],
 }
 
 EQUIVALENT = {  # {number: {change: why it is no mistake}}
     "A3.1": {"-1 -> 1": "the sinusoids have two dimensions, so that the last one is number 1"},
-    "A3.2": {"2 -> 3": "triu looks at the last two dimensions alone, and one more is only filled alike"},
+    "A3.2": {
+        "2 -> 3": "triu looks at the last two dimensions alone, and one more is only filled alike"
+    },
     "A3.6": {"-2 -> 2": "x has four dimensions, so that the last two begin at number 2"},
 }
 
@@ -373,7 +550,8 @@ NEEDS = {}  # {number: other tasks whose functions it calls}
 
 
 def oracle_windowed(q, k, v, window):
-    """Passes A3.8 without the method: it is right where q is 0, where the window is 0 or everything, and nowhere else."""
+    """Passes A3.8 without the method: it is right where q is 0, where the window is 0 or
+    everything, and nowhere else."""
     n = q.shape[1]
     if window >= n - 1:
         return attention.attention(q, k, v)
@@ -393,4 +571,7 @@ def observe_geglu(geglu):
 
 VARIANTS = {}  # {name: {"text": ..., "replace": [(number, old, new), ...]}}, see a4.py
 
-ORACLES = {"A3.8": oracle_windowed, "A3.9": observe_geglu}  # what shows that these tasks can be solved
+ORACLES = {
+    "A3.8": oracle_windowed,
+    "A3.9": observe_geglu,
+}  # what shows that these tasks can be solved

@@ -1,13 +1,16 @@
 '''# A5: LoRA, and what SDXL is told besides the text
 
-Nobody fine-tunes all 2.6 billion numbers of SDXL to teach it one style. LoRA leaves a weight W as it is and adds a
-product of two thin matrices, s B A, of low rank R. Here you write that layer: how it computes, how it is merged into
-the weight, and how it is saved. One layer may hold several LoRAs, side by side.
+Nobody fine-tunes all 2.6 billion numbers of SDXL to teach it one style. LoRA leaves a weight W as
+it is and adds a product of two thin matrices, s B A, of low rank R. Here you write that layer: how
+it computes, how it is merged into the weight, and how it is saved. One layer may hold several
+LoRAs, side by side.
 
-The second half is SDXL's micro-conditioning. The UNet is told how large the training picture was and where it was
-cut, so that small and cropped pictures could be used in training without spoiling what is drawn.
+The second half is SDXL's micro-conditioning. The UNet is told how large the training picture was
+and where it was cut, so that small and cropped pictures could be used in training without spoiling
+what is drawn.
 
-Read the first lines of `minipic/layers/lora.py`, "LoRA" (arXiv 2106.09685), section 4.1, and "SDXL" (arXiv
+Read the first lines of `minipic/layers/lora.py`, "LoRA" (arXiv 2106.09685), section 4.1, and "SDXL"
+(arXiv
 2307.01952), section 2.2.
 '''
 
@@ -26,7 +29,8 @@ from minipic.models import unet
 PROMPT = "a large green sphere"
 
 
-# ---- inputs ------------------------------------------------------------------------------------------------------
+# ---- inputs --------------------------------------------------------------------------------------
+
 
 def linear_layer(random, ranks=(3,), bias=True):
     """A LoRALinear [5 -> 4] with a LoRA of each rank, whose alphas and scales are all different."""
@@ -45,7 +49,12 @@ def conv_layer(random, ranks=(2,)):
 def add_loras(layer, random, ranks, inputs):
     for i, rank in enumerate(ranks):
         with mock.patch.object(lora.LoRA, "refresh_factor"):  # which is A5.3
-            layer.add(f"number {i}", random.normal(rank, *inputs), random.normal(4, rank), alpha=1.5 * rank + i)
+            layer.add(
+                f"number {i}",
+                random.normal(rank, *inputs),
+                random.normal(4, rank),
+                alpha=1.5 * rank + i,
+            )
         layer.scalings[f"number {i}"].scale = 0.5 + i
     factors = [torch.full((scaling.rank,), scaling.factor) for scaling in layer.scalings.values()]
     layer.register_buffer("factor", torch.cat(factors), persistent=False)
@@ -53,9 +62,16 @@ def add_loras(layer, random, ranks, inputs):
 
 def lora_cases(random):
     yield Case("a Linear", lora.LoRA.lora, linear_layer(random), random.normal(2, 6, 5))
-    yield Case("a Linear with two LoRAs", lora.LoRA.lora, linear_layer(random, (2, 3)), random.normal(3, 5))
+    yield Case(
+        "a Linear with two LoRAs", lora.LoRA.lora, linear_layer(random, (2, 3)), random.normal(3, 5)
+    )
     yield Case("a convolution", lora.LoRA.lora, conv_layer(random), random.normal(2, 3, 4, 6))
-    yield Case("a convolution with two LoRAs", lora.LoRA.lora, conv_layer(random, (1, 2)), random.normal(1, 3, 5, 4))
+    yield Case(
+        "a convolution with two LoRAs",
+        lora.LoRA.lora,
+        conv_layer(random, (1, 2)),
+        random.normal(1, 3, 5, 4),
+    )
     yield Case("x of 16 bits", half_precision, linear_layer(random), random.normal(3, 5))
 
 
@@ -109,10 +125,20 @@ def refresh_identities(random):
 
 
 def state_cases(random):
-    yield Case("one LoRA", lora.lora_state_dict, nn.Sequential(linear_layer(random), nn.Linear(4, 2)))
+    yield Case(
+        "one LoRA", lora.lora_state_dict, nn.Sequential(linear_layer(random), nn.Linear(4, 2))
+    )
     yield Case("a LoRA of rank 1", lora.lora_state_dict, nn.Sequential(linear_layer(random, (1,))))
-    yield Case("different factors", lora.lora_state_dict, nn.Sequential(linear_layer(random, (2, 3)), conv_layer(random)))
-    yield Case("a convolution, different factors", lora.lora_state_dict, nn.Sequential(conv_layer(random, (1, 2))))
+    yield Case(
+        "different factors",
+        lora.lora_state_dict,
+        nn.Sequential(linear_layer(random, (2, 3)), conv_layer(random)),
+    )
+    yield Case(
+        "a convolution, different factors",
+        lora.lora_state_dict,
+        nn.Sequential(conv_layer(random, (1, 2))),
+    )
     yield Case("no LoRA", lora.lora_state_dict, nn.Sequential(nn.Linear(2, 2)))
 
 
@@ -134,10 +160,18 @@ def size_cases(random):
 
 def embedder(random, addition=True):
     config = unet.UNetConfig(
-        block_out_channels=(4, 4, 4), norm_num_groups=2, attention_head_dim=2, cross_attention_dim=3,
-        transformer_layers_per_block=0, layers_per_block=1,
-        **({"addition_time_embed_dim": 2, "projection_class_embeddings_input_dim": 5 + 6 * 2} if addition else
-           {"addition_embed_type": None}))
+        block_out_channels=(4, 4, 4),
+        norm_num_groups=2,
+        attention_head_dim=2,
+        cross_attention_dim=3,
+        transformer_layers_per_block=0,
+        layers_per_block=1,
+        **(
+            {"addition_time_embed_dim": 2, "projection_class_embeddings_input_dim": 5 + 6 * 2}
+            if addition
+            else {"addition_embed_type": None}
+        ),
+    )
     return random.fill(unet.UNet(config))
 
 
@@ -146,9 +180,25 @@ def embed_cases(random):
     x = random.normal(3, 4, 2, 2)
     sizes = random.uniform(0, 3, 3, 6)
     embed = unet.Encoder.embed
-    yield Case("a timestep for each picture", embed, network, random.uniform(0, 9, 3), random.normal(3, 5), sizes, x)
+    yield Case(
+        "a timestep for each picture",
+        embed,
+        network,
+        random.uniform(0, 9, 3),
+        random.normal(3, 5),
+        sizes,
+        x,
+    )
     yield Case("one timestep for all", embed, network, 7.5, random.normal(3, 5), sizes, x)
-    yield Case("without SDXL's additions", embed, embedder(random, addition=False), torch.tensor(4), None, None, x[:2])
+    yield Case(
+        "without SDXL's additions",
+        embed,
+        embedder(random, addition=False),
+        torch.tensor(4),
+        None,
+        None,
+        x[:2],
+    )
 
 
 def embed_identities(random):
@@ -161,7 +211,8 @@ def embed_identities(random):
     yield "each picture has an embedding of its own", both[1:], alone, 1e-5
 
 
-# ---- the tiny model ----------------------------------------------------------------------------------------------
+# ---- the tiny model ------------------------------------------------------------------------------
+
 
 def with_lora(merged):
     """The tiny model with a random LoRA on its attention, which is taken off again."""
@@ -200,9 +251,11 @@ def share_of_parameters():
     return 100 * sum(parameter.numel() for parameter in parameters) / layer.weight.numel()
 
 
-# ---- a LoRA of lower rank ----------------------------------------------------------------------------------------
+# ---- a LoRA of lower rank ------------------------------------------------------------------------
 
-MIXING = 0.5 * torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])  # is its own inverse
+MIXING = 0.5 * torch.tensor(
+    [[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
+)  # is its own inverse
 
 
 def resized(a, b, rank):
@@ -224,7 +277,7 @@ def resize_cases(random):
         yield Case(f"to rank {rank}", resized, *known_lora(random, inputs, outputs), rank)
 
 
-# ---- tasks -------------------------------------------------------------------------------------------------------
+# ---- tasks ---------------------------------------------------------------------------------------
 
 RESIZE_STUB = '''
 def resize_lora(a, b, rank):
@@ -237,96 +290,195 @@ GROWN_STUB = '''
 def check_grown(forward):
     """Return True if `GrownEmbedding.forward` does what its class says, and False if it does not.
 
-    Make a GrownEmbedding and call it on ids: it computes by `forward`, which is sometimes wrong. See
-    minipic/layers/embedding.py. An error counts as False.
+    Make a GrownEmbedding and call it on ids: it computes by `forward`, which is sometimes wrong.
+    See minipic/layers/embedding.py. An error counts as False.
     """
 '''
 
 TASKS = [
     Exercise(
-        "A5.1", "minipic.layers.lora:LoRA.lora", 15,
-        "What all LoRAs of a layer add to its output. `lora_A` and `lora_B` are modules; between them, each rank is "
+        "A5.1",
+        "minipic.layers.lora:LoRA.lora",
+        15,
+        "What all LoRAs of a layer add to its output. `lora_A` and `lora_B` are modules; between "
+        "them, each rank is "
         "multiplied by its own number in `factor`.",
-        lora_cases, lora_identities, lora_picture,
-        hints=("In a convolution the ranks are channels, which come before height and width.",
-               "x may have 16 bits, A and B have 32: compute in theirs, and give back the type of x.")),
+        lora_cases,
+        lora_identities,
+        lora_picture,
+        hints=(
+            "In a convolution the ranks are channels, which come before height and width.",
+            "x may have 16 bits, A and B have 32: compute in theirs, and give back the type of x.",
+        ),
+    ),
     Exercise(
-        "A5.2", "minipic.layers.lora:LoRA.delta", 15,
-        "The same as one matrix, to be added to the weight. The weight of a convolution is seen as a matrix [out, rest].",
-        delta_cases, delta_identities, merged_picture,
-        hints=("Multiply the columns of B by `factor`, then B by A.", "At the end: the shape and the type of `weight`.")),
+        "A5.2",
+        "minipic.layers.lora:LoRA.delta",
+        15,
+        "The same as one matrix, to be added to the weight. The weight of a convolution is seen as "
+        "a matrix [out, rest].",
+        delta_cases,
+        delta_identities,
+        merged_picture,
+        hints=(
+            "Multiply the columns of B by `factor`, then B by A.",
+            "At the end: the shape and the type of `weight`.",
+        ),
+    ),
     Exercise(
-        "A5.3", "minipic.layers.lora:LoRA.refresh_factor", 10,
-        "LoRAs lie side by side: the first ranks belong to the first LoRA, the next to the second. Each rank gets the "
+        "A5.3",
+        "minipic.layers.lora:LoRA.refresh_factor",
+        10,
+        "LoRAs lie side by side: the first ranks belong to the first LoRA, the next to the second. "
+        "Each rank gets the "
         "factor of its LoRA. It moves with the layer to another device, but is not saved.",
-        refresh_cases, refresh_identities, lora_picture,
-        hints=("`register_buffer(..., persistent=False)` is for such numbers.",)),
+        refresh_cases,
+        refresh_identities,
+        lora_picture,
+        hints=("`register_buffer(..., persistent=False)` is for such numbers.",),
+    ),
     Exercise(
-        "A5.4", "minipic.layers.lora:lora_state_dict", 20,
-        "A file has one alpha for a layer, and programs that read it compute alpha / R B A. Where all ranks have one "
+        "A5.4",
+        "minipic.layers.lora:lora_state_dict",
+        20,
+        "A file has one alpha for a layer, and programs that read it compute alpha / R B A. Where "
+        "all ranks have one "
         "factor, alpha can say it; otherwise B must.",
-        state_cases, state_identities,
-        hints=("`layers(model)` gives the LoRA layers by their paths.", "alpha = factor * R.")),
+        state_cases,
+        state_identities,
+        hints=("`layers(model)` gives the LoRA layers by their paths.", "alpha = factor * R."),
+    ),
     Exercise(
-        "A5.5", "minipic.text:size_ids", 10,
-        "Six numbers tell the UNet where a picture came from. People say width before height, the network takes height "
+        "A5.5",
+        "minipic.text:size_ids",
+        10,
+        "Six numbers tell the UNet where a picture came from. People say width before height, the "
+        "network takes height "
         "before width.",
-        size_cases, picture=cropped_picture,
-        hints=("top before left, too.",)),
+        size_cases,
+        picture=cropped_picture,
+        hints=("top before left, too.",),
+    ),
     Exercise(
-        "A5.6", "minipic.models.unet:Encoder.embed", 20,
-        "One vector tells every residual block the noise level, the pooled text and the sizes. `timestep_embedding` "
+        "A5.6",
+        "minipic.models.unet:Encoder.embed",
+        20,
+        "One vector tells every residual block the noise level, the pooled text and the sizes. "
+        "`timestep_embedding` "
         "makes sinusoids of any numbers: of t, and of each size id.",
-        embed_cases, embed_identities, cropped_picture,
-        hints=("Six size ids become six rows of sinusoids, side by side after the pooled text.",
-               "The sinusoids of t are as wide as the first level, those of the sizes `addition_time_embed_dim`.")),
+        embed_cases,
+        embed_identities,
+        cropped_picture,
+        hints=(
+            "Six size ids become six rows of sinusoids, side by side after the pooled text.",
+            "The sinusoids of t are as wide as the first level, those of the sizes "
+            "`addition_time_embed_dim`.",
+        ),
+    ),
     Prediction(
-        "A5.7", "answers.a5:PERCENT", 5,
-        "A LoRA of rank 16 on a square projection of SDXL, 1280 to 1280 numbers: how many parameters does it train, in "
+        "A5.7",
+        "answers.a5:PERCENT",
+        5,
+        "A LoRA of rank 16 on a square projection of SDXL, 1280 to 1280 numbers: how many "
+        "parameters does it train, in "
         "percent of the projection's own? Write down your number before you compute it.",
-        share_of_parameters, within=0.02),
+        share_of_parameters,
+        within=0.02,
+    ),
     Exercise(
-        "A5.8", "answers.a5:resize_lora", 20,
-        "Nothing in minipic does this one. LoRAs on the web often have a rank of 128 where 16 would do. Find the LoRA of "
+        "A5.8",
+        "answers.a5:resize_lora",
+        20,
+        "Nothing in minipic does this one. LoRAs on the web often have a rank of 128 where 16 "
+        "would do. Find the LoRA of "
         "lower rank that changes the weights most alike.",
-        resize_cases, stub=RESIZE_STUB,
-        hints=("Eckart and Young, 1936: keep the largest singular values.",)),
+        resize_cases,
+        stub=RESIZE_STUB,
+        hints=("Eckart and Young, 1936: keep the largest singular values.",),
+    ),
     BreakIt(
-        "A5.9", "answers.a5:check_grown", 20,
-        "Textual inversion adds rows to a vocabulary. Write a check of `GrownEmbedding.forward` that no wrong version "
+        "A5.9",
+        "answers.a5:check_grown",
+        20,
+        "Textual inversion adds rows to a vocabulary. Write a check of `GrownEmbedding.forward` "
+        "that no wrong version "
         "passes.",
-        "minipic.layers.embedding:GrownEmbedding.forward", GROWN_STUB,
+        "minipic.layers.embedding:GrownEmbedding.forward",
+        GROWN_STUB,
         alternates=(
             """
             table = torch.cat([self.weight, self.added.to(self.weight.dtype)])
             return table[ids]
-            """,),
-        equivalent={"0 -> 1": "where an id is new, the known row is not used, whichever it is"}),
+            """,
+        ),
+        equivalent={"0 -> 1": "where an id is new, the known row is not used, whichever it is"},
+    ),
 ]
 
 
-# ==== the instructor's part: what follows is not given to students ====================================================
+# ==== the instructor's part: what follows is not given to students ================================
 
 MISCONCEPTIONS = {  # {number: [(in the reference, what some write, what to tell them), ...]}
     "A5.1": [
-        ("self.lora_A(x.to(dtype)) * factor", "self.lora_A(x.to(dtype))", "the factor alpha / R times the scale is missing"),
-        ("* factor)", "* factor.sum())", "each rank has its own factor")],
+        (
+            "self.lora_A(x.to(dtype)) * factor",
+            "self.lora_A(x.to(dtype))",
+            "the factor alpha / R times the scale is missing",
+        ),
+        ("* factor)", "* factor.sum())", "each rank has its own factor"),
+    ],
     "A5.2": [
         ("b * self.factor.to(b) @ a", "b @ a", "the factor alpha / R times the scale is missing"),
-        ("b * self.factor.to(b) @ a", "b @ a * self.factor[0]", "each rank has its own factor")],
+        ("b * self.factor.to(b) @ a", "b @ a * self.factor[0]", "each rank has its own factor"),
+    ],
     "A5.3": [
-        ("(scaling.rank,), scaling.factor", "(scaling.rank,), scaling.alpha", "alpha is divided by the rank"),
-        ("(scaling.rank,), scaling.factor", "(1,), scaling.factor", "there is one number for each rank, not for each LoRA")],
+        (
+            "(scaling.rank,), scaling.factor",
+            "(scaling.rank,), scaling.alpha",
+            "alpha is divided by the rank",
+        ),
+        (
+            "(scaling.rank,), scaling.factor",
+            "(1,), scaling.factor",
+            "there is one number for each rank, not for each LoRA",
+        ),
+    ],
     "A5.4": [
-        ("factor[0].cpu() * rank", "factor[0].cpu()", "the file's alpha is divided by the rank again"),
-        ("b = (b.flatten(1) * factor.to(b)).view_as(b)", "pass", "where factors differ, B must carry them")],
+        (
+            "factor[0].cpu() * rank",
+            "factor[0].cpu()",
+            "the file's alpha is divided by the rank again",
+        ),
+        (
+            "b = (b.flatten(1) * factor.to(b)).view_as(b)",
+            "pass",
+            "where factors differ, B must carry them",
+        ),
+    ],
     "A5.5": [
-        ("[height, width, top, left]", "[width, height, left, top]", "the network takes heights before widths"),
-        ("[target_height, target_width]", "[target_width, target_height]", "the network takes heights before widths")],
+        (
+            "[height, width, top, left]",
+            "[width, height, left, top]",
+            "the network takes heights before widths",
+        ),
+        (
+            "[target_height, target_width]",
+            "[target_width, target_height]",
+            "the network takes heights before widths",
+        ),
+    ],
     "A5.6": [
-        ("[pooled, sizes.to(pooled.dtype)]", "[sizes.to(pooled.dtype), pooled]", "the pooled text comes before the sizes"),
-        ("temb = temb + self.add_embedding(added.to(x.dtype))", "temb = self.add_embedding(added.to(x.dtype))",
-         "the embedding of t is lost")],
+        (
+            "[pooled, sizes.to(pooled.dtype)]",
+            "[sizes.to(pooled.dtype), pooled]",
+            "the pooled text comes before the sizes",
+        ),
+        (
+            "temb = temb + self.add_embedding(added.to(x.dtype))",
+            "temb = self.add_embedding(added.to(x.dtype))",
+            "the embedding of t is lost",
+        ),
+    ],
 }
 
 ALTERNATES = {  # {number: [another right body, ...]}
@@ -335,20 +487,25 @@ ALTERNATES = {  # {number: [another right body, ...]}
         ranks = self.lora_A(x.to(self.lora_A.weight.dtype))
         shape = (-1, 1, 1) if ranks.ndim == 4 and isinstance(self, nn.Conv2d) else (-1,)
         return self.lora_B(self.factor.to(ranks).view(shape) * ranks).to(x.dtype)
-        """],
+        """
+    ],
     "A5.2": [
         """
         product = torch.einsum(
-            "or,r,ri->oi", self.lora_B.weight.flatten(1), self.factor.to(self.lora_B.weight), self.lora_A.weight.flatten(1))
+            "or,r,ri->oi", self.lora_B.weight.flatten(1), self.factor.to(self.lora_B.weight),
+            self.lora_A.weight.flatten(1))
         return product.reshape(self.weight.shape).to(self.weight)
-        """],
+        """
+    ],
     "A5.3": [
         """
         numbers = []
         for scaling in self.scalings.values():
             numbers += [scaling.scale * scaling.alpha / scaling.rank] * scaling.rank
-        self.register_buffer("factor", torch.tensor(numbers, device=self.weight.device), persistent=False)
-        """],
+        self.register_buffer("factor", torch.tensor(numbers, device=self.weight.device),
+        persistent=False)
+        """
+    ],
     "A5.4": [
         """
         found = {}
@@ -360,27 +517,32 @@ ALTERNATES = {  # {number: [another right body, ...]}
                 alpha = rank * layer.factor[0].cpu()
             else:
                 b = b * layer.factor.view(1, -1, *[1] * (b.ndim - 2))
-            found |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b, f"{path}.alpha": alpha}
+            found |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b, f"{path}.alpha":
+            alpha}
         return found
-        """],
+        """
+    ],
     "A5.5": [
         """
         last = (target,) if isinstance(target, (int, float)) else target[::-1]
         return torch.tensor([*original[::-1], *crop[::-1], *last]).float()
-        """],
+        """
+    ],
     "A5.6": [
         """
         rows = x.shape[0]
         t = torch.as_tensor(t, device=x.device)
         t = t.repeat(rows) if t.ndim == 0 else t
-        temb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
-        if not self.config.addition_embed_type:
+        temb = self.time_embedding(timestep_embedding(t,
+        self.config.block_out_channels[0]).to(x.dtype)) if not self.config.addition_embed_type:
             return temb
         parts = [pooled]
         for i in range(size_ids.shape[1]):
-            parts.append(timestep_embedding(size_ids[:, i], self.config.addition_time_embed_dim).to(pooled.dtype))
+            parts.append(timestep_embedding(size_ids[:, i],
+            self.config.addition_time_embed_dim).to(pooled.dtype))
         return temb + self.add_embedding(torch.cat(parts, dim=1).to(x.dtype))
-        """],
+        """
+    ],
 }
 
 EQUIVALENT = {  # {number: {change: why it is no mistake}}
@@ -405,4 +567,7 @@ def observe_grown(forward):
 
 VARIANTS = {}  # {name: {"text": ..., "replace": [(number, old, new), ...]}}, see a4.py
 
-ORACLES = {"A5.8": oracle_resize, "A5.9": observe_grown}  # what shows that these tasks can be solved
+ORACLES = {
+    "A5.8": oracle_resize,
+    "A5.9": observe_grown,
+}  # what shows that these tasks can be solved

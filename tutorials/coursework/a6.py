@@ -1,14 +1,17 @@
 '''# A6: flash attention
 
-Attention over N tokens has N x N scores, and a picture has many tokens. Flash attention never writes them down: it
-walks over the keys block by block, and keeps for every query three things, the largest score so far, the sum of the
-weights, and the weighted sum of the values. Here you write its kernels in Triton, forward and backward.
+Attention over N tokens has N x N scores, and a picture has many tokens. Flash attention never
+writes them down: it walks over the keys block by block, and keeps for every query three things, the
+largest score so far, the sum of the weights, and the weighted sum of the values. Here you write its
+kernels in Triton, forward and backward.
 
-No GPU is needed: Triton's interpreter runs a kernel as a Python program, slowly. A kernel is written for one block of
-queries or keys; many copies of it, called programs, run side by side, and `tl.program_id` tells a program which it is.
+No GPU is needed: Triton's interpreter runs a kernel as a Python program, slowly. A kernel is
+written for one block of queries or keys; many copies of it, called programs, run side by side, and
+`tl.program_id` tells a program which it is.
 
-Read the docstring of `minipic/kernels/flash_attention.py`, all of it, and "FlashAttention-2" (arXiv 2307.08691),
-sections 2 and 3.1. Scores are kept in units of log 2, because the hardware has exp2 and no exp.
+Read the docstring of `minipic/kernels/flash_attention.py`, all of it, and "FlashAttention-2" (arXiv
+2307.08691), sections 2 and 3.1. Scores are kept in units of log 2, because the hardware has exp2
+and no exp.
 '''
 
 import math
@@ -26,12 +29,16 @@ PACKAGES = ("triton==3.6.0",)  # needed besides minipic's own
 tl = flash.tl
 PROMPT = "a large orange cone"
 SHAPES = {  # B, N, M, h: blocks have 32 queries and 32 keys
-    "two blocks of keys, the second not full": (1, 3, 40, 2), "one block of keys, not full": (2, 2, 5, 2),
-    "two blocks of queries, one of keys": (2, 34, 32, 1), "two full blocks of keys": (1, 2, 64, 1)}
+    "two blocks of keys, the second not full": (1, 3, 40, 2),
+    "one block of keys, not full": (2, 2, 5, 2),
+    "two blocks of queries, one of keys": (2, 34, 32, 1),
+    "two full blocks of keys": (1, 2, 64, 1),
+}
 WIDTH = 32  # d
 
 
-# ---- inputs ------------------------------------------------------------------------------------------------------
+# ---- inputs --------------------------------------------------------------------------------------
+
 
 def tokens(random, batch, length, heads):
     """Vectors [B,N,h,d] in fp32 whose heads lie before the tokens in memory."""
@@ -53,14 +60,22 @@ def forward(q, k, v):
 
 def forward_cases(random):
     for name, (b, n, m, h) in SHAPES.items():
-        yield Case(name, forward, 3 * tokens(random, b, n, h), tokens(random, b, m, h), tokens(random, b, m, h))
+        yield Case(
+            name,
+            forward,
+            3 * tokens(random, b, n, h),
+            tokens(random, b, m, h),
+            tokens(random, b, m, h),
+        )
 
 
 def forward_identities(random):
     q, k, v = tokens(random, 1, 2, 1), tokens(random, 1, 37, 1), tokens(random, 1, 37, 1)
     out, _ = forward(q, k, v)
     order = torch.randperm(37, generator=random.generator)
-    yield "the order of the keys does not matter", forward(q, k[:, order], v[:, order])[0], out, 1e-5
+    yield "the order of the keys does not matter", forward(q, k[:, order], v[:, order])[
+        0
+    ], out, 1e-5
     large = forward(100 * q, 100 * k, v)[0]
     yield "large scores do not overflow", large.isfinite().all(), True
 
@@ -83,8 +98,25 @@ def launch_queries(q, k, v, grad):
     b, n, h, d = q.shape
     m = k.shape[1]
     flash.queries_kernel[(-(-n // 32), b * h)](
-        q, k, v, grad, out, lse, delta, dq, *flash.strides(q, k, v, grad, out, dq), h, n, m, d ** -0.5,
-        HEAD_DIM=d, BLOCK_Q=32, BLOCK_K=32, EVEN=m % 32 == 0, PRECISION="ieee")
+        q,
+        k,
+        v,
+        grad,
+        out,
+        lse,
+        delta,
+        dq,
+        *flash.strides(q, k, v, grad, out, dq),
+        h,
+        n,
+        m,
+        d**-0.5,
+        HEAD_DIM=d,
+        BLOCK_Q=32,
+        BLOCK_K=32,
+        EVEN=m % 32 == 0,
+        PRECISION="ieee",
+    )
     return dq, delta
 
 
@@ -97,25 +129,56 @@ def launch_keys(q, k, v, grad):
     b, n, h, d = q.shape
     m = k.shape[1]
     flash.keys_kernel[(-(-m // 32), b * h)](
-        q, k, v, grad, lse, delta, dk, dv, *flash.strides(q, k, v, grad, dk), h, n, m, d ** -0.5,
-        HEAD_DIM=d, BLOCK_Q=32, BLOCK_K=32, EVEN=n % 32 == 0, PRECISION="ieee")
+        q,
+        k,
+        v,
+        grad,
+        lse,
+        delta,
+        dk,
+        dv,
+        *flash.strides(q, k, v, grad, dk),
+        h,
+        n,
+        m,
+        d**-0.5,
+        HEAD_DIM=d,
+        BLOCK_Q=32,
+        BLOCK_K=32,
+        EVEN=n % 32 == 0,
+        PRECISION="ieee",
+    )
     return dk, dv
 
 
 def backward_cases(launch, swapped):
-    """The cases of a backward kernel. swapped: as many queries as there would be keys, and the other way round."""
+    """The cases of a backward kernel. swapped: as many queries as there would be keys, and the
+    other way round."""
+
     def cases(random):
         for name, (b, n, m, h) in SHAPES.items():
             if swapped:
                 n, m = m, n
-                name = name.replace("queries", "QUERIES").replace("keys", "queries").replace("QUERIES", "keys")
-            yield Case(name, launch, tokens(random, b, n, h), tokens(random, b, m, h), tokens(random, b, m, h),
-                       tokens(random, b, n, h))
+                name = (
+                    name.replace("queries", "QUERIES")
+                    .replace("keys", "queries")
+                    .replace("QUERIES", "keys")
+                )
+            yield Case(
+                name,
+                launch,
+                tokens(random, b, n, h),
+                tokens(random, b, m, h),
+                tokens(random, b, m, h),
+                tokens(random, b, n, h),
+            )
+
     return cases
 
 
 def backward_identities(launch, of_queries):
     """Against PyTorch's own gradients."""
+
     def identities(random):
         q, k, v, grad = (tokens(random, 1, n, 2) for n in (35, 33, 33, 35))
         with torch.enable_grad():
@@ -131,6 +194,7 @@ def backward_identities(launch, of_queries):
         else:
             yield "dK is PyTorch's", got[0], dk, 1e-4
             yield "dV is PyTorch's", got[1], dv, 1e-4
+
     return identities
 
 
@@ -149,7 +213,15 @@ def starts(numbers, batch, heads, stride_b, stride_h):
 
 def start_cases(random):
     for batch, heads, stride_b, stride_h in ((1, 2, 9, 4), (3, 2, 20, 7), (2, 5, 3, 11)):
-        yield Case(f"{batch} rows of {heads} heads", starts, random.normal(80), batch, heads, stride_b, stride_h)
+        yield Case(
+            f"{batch} rows of {heads} heads",
+            starts,
+            random.normal(80),
+            batch,
+            heads,
+            stride_b,
+            stride_h,
+        )
 
 
 @flash.triton.jit
@@ -167,12 +239,16 @@ def loaded(numbers, first, length, even):
 
 
 def numbers_cases(random):
-    for name, first, length, even in (("all are there", 0, 8, True), ("three are missing", 8, 13, False),
-                                      ("none is missing, but it is not known", 4, 12, False)):
+    for name, first, length, even in (
+        ("all are there", 0, 8, True),
+        ("three are missing", 8, 13, False),
+        ("none is missing, but it is not known", 4, 12, False),
+    ):
         yield Case(name, loaded, random.normal(32), first, length, even)
 
 
-# ---- the tiny model ----------------------------------------------------------------------------------------------
+# ---- the tiny model ------------------------------------------------------------------------------
+
 
 def picture():
     """a large orange cone, one step, with a few layers' attention to the text by these kernels"""
@@ -180,7 +256,12 @@ def picture():
 
     def choose(q, k, hides_keys=False):
         calls.append(q.shape)
-        is_text = not hides_keys and k.shape[1] == 77 and q.shape[1] <= 64 and q.shape[-1] in flash.HEAD_DIMS
+        is_text = (
+            not hides_keys
+            and k.shape[1] == 77
+            and q.shape[1] <= 64
+            and q.shape[-1] in flash.HEAD_DIMS
+        )
         return "flash" if is_text and len(calls) < 30 else "sdpa"
 
     with mock.patch.object(attention, "choose_backend", choose):
@@ -193,10 +274,22 @@ def times_read():
     return math.ceil(4096 / flash.choose_blocks("forward", q, q).queries)
 
 
-# ---- parts of attention ------------------------------------------------------------------------------------------
+# ---- parts of attention --------------------------------------------------------------------------
 
-WEIGHTS = {0: 1 / 2, 1: 2 / 3, -2: 1 / 5, 40: 1.0, -40: 0.0}  # of the second part, by the difference of log-sum-exps
-TOTALS = {0: 1.0, 1: math.log2(3), -2: math.log2(1.25), 40: 40.0, -40: 0.0}  # log-sum-exp of both, above the first one's
+WEIGHTS = {
+    0: 1 / 2,
+    1: 2 / 3,
+    -2: 1 / 5,
+    40: 1.0,
+    -40: 0.0,
+}  # of the second part, by the difference of log-sum-exps
+TOTALS = {
+    0: 1.0,
+    1: math.log2(3),
+    -2: math.log2(1.25),
+    40: 40.0,
+    -40: 0.0,
+}  # log-sum-exp of both, above the first one's
 
 
 def merged(out1, lse1, out2, lse2):
@@ -204,8 +297,12 @@ def merged(out1, lse1, out2, lse2):
 
 
 def merge_cases(random):
-    for name, shape, base in (("one query", (1, 1, 1), 0.0), ("many queries", (2, 3, 5), 4.0),
-                              ("large scores", (1, 4, 2), 1000.0), ("very small scores", (2, 2, 2), -2000.0)):
+    for name, shape, base in (
+        ("one query", (1, 1, 1), 0.0),
+        ("many queries", (2, 3, 5), 4.0),
+        ("large scores", (1, 4, 2), 1000.0),
+        ("very small scores", (2, 2, 2), -2000.0),
+    ):
         b, h, n = shape
         lse = base + random.integers(9, *shape).float()
         off = torch.tensor(list(WEIGHTS))[random.integers(len(WEIGHTS), *shape)]
@@ -213,76 +310,126 @@ def merge_cases(random):
         yield Case(name, merged, out1, lse, out2, lse + off)
 
 
-# ---- tasks -------------------------------------------------------------------------------------------------------
+# ---- tasks ---------------------------------------------------------------------------------------
 
 MERGE_STUB = '''
 def merge_parts(out1, lse1, out2, lse2):
     """Attention over all keys, from attention over the first ones and over the others.
 
-    out1, out2 [B,N,h,d] and their log-sum-exps in units of log 2, lse1 and lse2 [B,h,N], as the forward kernel gives them
-    -> (out, lse) over all keys. Scores may be in the thousands: nothing may overflow.
+    out1, out2 [B,N,h,d] and their log-sum-exps in units of log 2, lse1 and lse2 [B,h,N], as the
+    forward kernel gives them -> (out, lse) over all keys. Scores may be in the thousands: nothing
+    may overflow.
     """
 '''
 NAIVE_STUB = '''
 def check_naive(naive):
-    """Return True if `naive` does what `attention` in minipic/layers/attention.py promises, and False if it does not.
+    """Return True if `naive` does what `attention` in minipic/layers/attention.py promises, and
+    False if it does not.
 
-    naive(q, k, v, causal, mask, softcap); mask None and softcap 0 are none. An error counts as False.
+    naive(q, k, v, causal, mask, softcap); mask None and softcap 0 are none. An error counts as
+    False.
     """
 '''
 
 TASKS = [
     Exercise(
-        "A6.1", "minipic.kernels.flash_attention:head_start", 10,
-        "Programs count the heads of all batch rows along axis 1: first all heads of row 0, then those of row 1. Where in "
+        "A6.1",
+        "minipic.kernels.flash_attention:head_start",
+        10,
+        "Programs count the heads of all batch rows along axis 1: first all heads of row 0, then "
+        "those of row 1. Where in "
         "memory does this program's head start?",
-        start_cases, picture=picture,
-        hints=("`//` and `%` by the number of heads give the row and the head.",)),
+        start_cases,
+        picture=picture,
+        hints=("`//` and `%` by the number of heads give the row and the head.",),
+    ),
     Exercise(
-        "A6.2", "minipic.kernels.flash_attention:load_numbers", 10,
-        "One number per token. A block may stick out beyond the last token, and must not read there. Where it is known that "
+        "A6.2",
+        "minipic.kernels.flash_attention:load_numbers",
+        10,
+        "One number per token. A block may stick out beyond the last token, and must not read "
+        "there. Where it is known that "
         "it does not, a mask would only cost time.",
         numbers_cases,
-        hints=("`tl.load(pointers, mask, other)`.",)),
+        hints=("`tl.load(pointers, mask, other)`.",),
+    ),
     Exercise(
-        "A6.3", "minipic.kernels.flash_attention:forward_kernel", 25,
-        "The heart of it: a block of queries, all keys block by block, and three running numbers for each query. When a "
-        "larger score turns up, total and output shrink. `head_start`, `load_tokens` and `store_tokens` are there.",
-        forward_cases, forward_identities, picture,
-        hints=("largest starts at minus infinity, total and output at 0, all in float32.",
-               "The factor is exp2(largest before - largest now).",
-               "Keys beyond the last one must have a score of minus infinity, unless EVEN.",
-               "lse = largest + log2(total), stored for queries that exist.")),
+        "A6.3",
+        "minipic.kernels.flash_attention:forward_kernel",
+        25,
+        "The heart of it: a block of queries, all keys block by block, and three running numbers "
+        "for each query. When a "
+        "larger score turns up, total and output shrink. `head_start`, `load_tokens` and "
+        "`store_tokens` are there.",
+        forward_cases,
+        forward_identities,
+        picture,
+        hints=(
+            "largest starts at minus infinity, total and output at 0, all in float32.",
+            "The factor is exp2(largest before - largest now).",
+            "Keys beyond the last one must have a score of minus infinity, unless EVEN.",
+            "lse = largest + log2(total), stored for queries that exist.",
+        ),
+    ),
     Exercise(
-        "A6.4", "minipic.kernels.flash_attention:queries_kernel", 25,
-        "The gradient of the queries. Probabilities are computed again from the scores and lse. This kernel also writes "
+        "A6.4",
+        "minipic.kernels.flash_attention:queries_kernel",
+        25,
+        "The gradient of the queries. Probabilities are computed again from the scores and lse. "
+        "This kernel also writes "
         "delta, the sum of output times gradient, which the other one reads.",
-        backward_cases(launch_queries, False), backward_identities(launch_queries, True),
-        hints=("P = exp2(score in units of log 2 - lse), dS = P (dP - delta), dQ = scale dS K.",
-               "A query that does not exist gets an infinite lse, and so P = 0.")),
+        backward_cases(launch_queries, False),
+        backward_identities(launch_queries, True),
+        hints=(
+            "P = exp2(score in units of log 2 - lse), dS = P (dP - delta), dQ = scale dS K.",
+            "A query that does not exist gets an infinite lse, and so P = 0.",
+        ),
+    ),
     Exercise(
-        "A6.5", "minipic.kernels.flash_attention:keys_kernel", 25,
-        "The gradients of keys and values. This kernel owns a block of keys and walks over the queries; its scores are "
+        "A6.5",
+        "minipic.kernels.flash_attention:keys_kernel",
+        25,
+        "The gradients of keys and values. This kernel owns a block of keys and walks over the "
+        "queries; its scores are "
         "transposed, keys down and queries across.",
-        backward_cases(launch_keys, True), backward_identities(launch_keys, False),
-        hints=("dV = P^T dO, dK = scale dS^T Q.", "dV has the strides of dK.")),
+        backward_cases(launch_keys, True),
+        backward_identities(launch_keys, False),
+        hints=("dV = P^T dO, dK = scale dS^T Q.", "dV has the strides of dK."),
+    ),
     Prediction(
-        "A6.6", "answers.a6:TIMES", 10,
-        "SDXL's second level has 4096 tokens in heads of 64, and 16 bits a number. Each program of the forward kernel owns "
-        "a block of queries and reads every key. Look at `choose_blocks`: how often is each key of a head read from memory? "
+        "A6.6",
+        "answers.a6:TIMES",
+        10,
+        "SDXL's second level has 4096 tokens in heads of 64, and 16 bits a number. Each program of "
+        "the forward kernel owns "
+        "a block of queries and reads every key. Look at `choose_blocks`: how often is each key of "
+        "a head read from memory? "
         "Write down your number before you compute it.",
-        times_read, within=0.0),
+        times_read,
+        within=0.0,
+    ),
     Exercise(
-        "A6.7", "answers.a6:merge_parts", 20,
-        "Nothing in minipic does this one. When the keys are on several GPUs, each attends to its own, and the parts are "
+        "A6.7",
+        "answers.a6:merge_parts",
+        20,
+        "Nothing in minipic does this one. When the keys are on several GPUs, each attends to its "
+        "own, and the parts are "
         "merged: ring attention. Use PyTorch, not Triton.",
-        merge_cases, stub=MERGE_STUB,
-        hints=("The larger log-sum-exp first: only its difference to the other one goes into exp2.",)),
+        merge_cases,
+        stub=MERGE_STUB,
+        hints=(
+            "The larger log-sum-exp first: only its difference to the other one goes into exp2.",
+        ),
+    ),
     BreakIt(
-        "A6.8", "answers.a6:check_naive", 20,
-        "Kernels are tested against the formula, so the formula had better be right. Write a check of "
+        "A6.8",
+        "answers.a6:check_naive",
+        20,
+        "Kernels are tested against the formula, so the formula had better be right. Write a check "
+        "of "
         "`attention.naive` that no wrong version passes.",
-        "minipic.layers.attention:naive", NAIVE_STUB,
+        "minipic.layers.attention:naive",
+        NAIVE_STUB,
         alternates=(
             """
             scores = torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5
@@ -292,34 +439,67 @@ TASKS = [
                 scores = hide_future(scores)
             weights = masked_softmax(scores, None if mask is None else mask[:, None, None, :])
             return torch.einsum("bhnm,bmhd->bnhd", weights, v)
-            """,),
-        equivalent={"-2 -> 2": "k has four dimensions, so that the last but one is number 2"}),
+            """,
+        ),
+        equivalent={"-2 -> 2": "k has four dimensions, so that the last but one is number 2"},
+    ),
 ]
 
 
-# ==== the instructor's part: what follows is not given to students ====================================================
+# ==== the instructor's part: what follows is not given to students ================================
 
 MISCONCEPTIONS = {  # {number: [(in the reference, what some write, what to tell them), ...]}
     "A6.1": [
-        ("(tl.program_id(1) // heads)", "(tl.program_id(1) % heads)", "all heads of a row come before the next row"),
-        ("tl.program_id(1) % heads", "tl.program_id(1)", "the head is counted from the start of its row")],
+        (
+            "(tl.program_id(1) // heads)",
+            "(tl.program_id(1) % heads)",
+            "all heads of a row come before the next row",
+        ),
+        (
+            "tl.program_id(1) % heads",
+            "tl.program_id(1)",
+            "the head is counted from the start of its row",
+        ),
+    ],
     "A6.2": [
-        ("tokens < length, other)", "tokens <= length, other)", "tokens count from 0: number `length` does not exist"),
-        ("tokens < length, other)", "tokens < length, 0.0)", "numbers that do not exist are `other`")],
+        (
+            "tokens < length, other)",
+            "tokens <= length, other)",
+            "tokens count from 0: number `length` does not exist",
+        ),
+        (
+            "tokens < length, other)",
+            "tokens < length, 0.0)",
+            "numbers that do not exist are `other`",
+        ),
+    ],
     "A6.3": [
-        ("output * shrink[:, None],", "output,", "what was summed up so far must shrink when a larger score turns up"),
-        ("total = total * shrink + tl.sum(weights, 1)", "total = total + tl.sum(weights, 1)",
-         "the total must shrink too when a larger score turns up"),
+        (
+            "output * shrink[:, None],",
+            "output,",
+            "what was summed up so far must shrink when a larger score turns up",
+        ),
+        (
+            "total = total * shrink + tl.sum(weights, 1)",
+            "total = total + tl.sum(weights, 1)",
+            "the total must shrink too when a larger score turns up",
+        ),
         ("output / total[:, None]", "output", "the output is divided by the total at the end"),
-        ("largest + tl.log2(total)", "largest + tl.log(total)", "lse is in units of log 2")],
+        ("largest + tl.log2(total)", "largest + tl.log(total)", "lse is in units of log 2"),
+    ],
     "A6.4": [
         ("weights * (dweights - deltas[:, None])", "weights * dweights", "delta is missing"),
         ("dqueries * scale)", "dqueries)", "the scale of the scores is missing"),
-        ("outputs.to(tl.float32) * grads.to(tl.float32)", "outputs.to(tl.float32) * outputs.to(tl.float32)",
-         "delta is output times gradient")],
+        (
+            "outputs.to(tl.float32) * grads.to(tl.float32)",
+            "outputs.to(tl.float32) * outputs.to(tl.float32)",
+            "delta is output times gradient",
+        ),
+    ],
     "A6.5": [
         ("weights * (dweights - deltas[None, :])", "weights * dweights", "delta is missing"),
-        ("dkeys * scale)", "dkeys)", "the scale of the scores is missing")],
+        ("dkeys * scale)", "dkeys)", "the scale of the scores is missing"),
+    ],
 }
 
 ALTERNATES = {  # {number: [another right body, ...]}
@@ -328,7 +508,8 @@ ALTERNATES = {  # {number: [another right body, ...]}
         place = tl.program_id(1).to(tl.int64)
         row = place // heads
         return pointer + row * stride_b + (place - row * heads) * stride_h
-        """],
+        """
+    ],
     "A6.2": [
         """
         if EVEN:
@@ -337,7 +518,8 @@ ALTERNATES = {  # {number: [another right body, ...]}
             found = tl.load(pointer + tokens, mask=tokens < length, other=0.0)
             found = tl.where(tokens < length, found, other)
         return found
-        """],
+        """
+    ],
     "A6.3": [
         """
         q = head_start(q, stride_qb, stride_qh, heads)
@@ -364,7 +546,8 @@ ALTERNATES = {  # {number: [another right body, ...]}
             biggest = now
         store_tokens(out, stride_on, rows, n, dims, summed / total[:, None])
         tl.store(lse + tl.program_id(1) * n + rows, biggest + tl.log2(total), rows < n)
-        """],
+        """
+    ],
     "A6.4": [
         """
         q = head_start(q, stride_qb, stride_qh, heads)
@@ -385,12 +568,14 @@ ALTERNATES = {  # {number: [another right body, ...]}
             cols = start + tl.arange(0, BLOCK_K)
             keys = load_tokens(k, stride_kn, cols, m, dims)
             values = load_tokens(v, stride_vn, cols, m, dims)
-            powers = tl.exp2(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale * LOG2E - ends[:, None])
-            powers = tl.where(cols[None, :] < m, powers, 0.0)
+            powers = tl.exp2(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale *
+            LOG2E - ends[:, None]) powers = tl.where(cols[None, :] < m, powers, 0.0)
             dpowers = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
-            total += tl.dot(powers * (dpowers - sums[:, None]) * scale, keys, input_precision=PRECISION)
+            total += tl.dot(powers * (dpowers - sums[:, None]) * scale, keys,
+            input_precision=PRECISION)
         store_tokens(dq, stride_dqn, rows, n, dims, total)
-        """],
+        """
+    ],
     "A6.5": [
         """
         q = head_start(q, stride_qb, stride_qh, heads)
@@ -419,7 +604,8 @@ ALTERNATES = {  # {number: [another right body, ...]}
             sum_k += tl.dot(tl.trans(dscores), queries, input_precision=PRECISION)
         store_tokens(dk, stride_dkn, cols, m, dims, sum_k * scale)
         store_tokens(dv, stride_dkn, cols, m, dims, sum_v)
-        """],
+        """
+    ],
 }
 
 RUNS_APART = True  # a kernel with a mistake may write anywhere in memory
@@ -427,12 +613,17 @@ RUNS_APART = True  # a kernel with a mistake may write anywhere in memory
 EQUIVALENT = {  # {number: {change: why it is no mistake}}
     "A6.4": {
         "False -> True": "the numbers that are then read for queries that do not exist end in rows that are not stored; "
-                         "results cannot show that a read beyond the memory may end the program",
-        "0.0 -> 1.0": "a key that does not exist is loaded as 0, and adds nothing whatever its finite weight is"},
+        "results cannot show that a read beyond the memory may end the program",
+        "0.0 -> 1.0": "a key that does not exist is loaded as 0, and adds nothing whatever its finite weight is",
+    },
     "A6.5": {"0.0 -> 1.0": "a query that does not exist has weight 0, whatever its delta is"},
 }
 
-NEEDS = {"A6.3": ("A6.1",), "A6.4": ("A6.1", "A6.2"), "A6.5": ("A6.1", "A6.2")}  # other tasks whose functions it calls
+NEEDS = {
+    "A6.3": ("A6.1",),
+    "A6.4": ("A6.1", "A6.2"),
+    "A6.5": ("A6.1", "A6.2"),
+}  # other tasks whose functions it calls
 
 
 def oracle_merge(out1, lse1, out2, lse2):
@@ -451,8 +642,12 @@ def observe_naive(naive):
     random = Random(0)
     q, k, v = random.normal(2, 5, 3, 4), random.normal(2, 7, 3, 4), random.normal(2, 7, 3, 4)
     mask = torch.tensor([[True] * 4 + [False] * 3, [False, True] * 3 + [True]])
-    return [naive(q, k, v, False, None, 0.0), naive(q, k, v, False, mask, 0.0), naive(q, k, v, False, None, 1.5),
-            naive(q, k[:, :5], v[:, :5], True, None, 0.0)]
+    return [
+        naive(q, k, v, False, None, 0.0),
+        naive(q, k, v, False, mask, 0.0),
+        naive(q, k, v, False, None, 1.5),
+        naive(q, k[:, :5], v[:, :5], True, None, 0.0),
+    ]
 
 
 VARIANTS = {}  # {name: {"text": ..., "replace": [(number, old, new), ...]}}, see a4.py

@@ -4,7 +4,8 @@
     python check.py a4              those of one assignment
     python check.py a4.2 --show     one task; draws its picture beside the expected one
 
-Every line says whether a task is solved. If not, you see the first check that fails, with its smallest inputs.
+Every line says whether a task is solved. If not, you see the first check that fails, with its
+smallest inputs.
 """
 
 import argparse
@@ -16,8 +17,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from coursework.checks import (  # noqa: E402 - reads these
-    LAYERS, SEED, Answer, Task, Verdict, assignment_names, judge, judge_all, load_answers, load_assignment, only_values,
-    run)
+    LAYERS,
+    SEED,
+    Answer,
+    Task,
+    Verdict,
+    assignment_names,
+    judge,
+    judge_all,
+    load_answers,
+    load_assignment,
+    only_values,
+    run,
+)
 from minipic.common import InputError  # noqa: E402
 from minipic.figures import image_grid  # noqa: E402
 from minipic.image import to_pictures  # noqa: E402
@@ -31,13 +43,17 @@ def check(name: str, number: str, show: bool) -> list[tuple[Task, Verdict]]:
     expected, known = load_answers(HERE / "coursework" / "expected" / f"{name}.safetensors")
     tasks = [task for task in assignment.TASKS if number in ("", task.number.lower())]
     if not tasks:
-        raise SystemExit(f"There is no task {number.upper()}; {name.upper()} has {len(assignment.TASKS)}.")
+        raise SystemExit(
+            f"There is no task {number.upper()}; {name.upper()} has {len(assignment.TASKS)}."
+        )
     answers = {}
     for task in tasks:
         right = expected.get(task.number, [])
         quick = only_values(task, identities=True)
         answers[task.number] = run(quick, SEED)
-        is_right = judge(quick, answers[task.number], [answer for answer in right if answer.layer in LAYERS[:3]]).passed
+        is_right = judge(
+            quick, answers[task.number], [answer for answer in right if answer.layer in LAYERS[:3]]
+        ).passed
         if quick != task and is_right:  # a wrong kernel could end the program while it draws
             answers[task.number] = run(task, SEED)
     verdicts = judge_all(tasks, answers, expected, known)
@@ -83,14 +99,17 @@ def save_pictures(task: Task, answers: list[Answer], expected: list[Answer]):
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("task", nargs="?", default="", help="such as a4, or a4.2")
     parser.add_argument("--show", action="store_true", help="draw the pictures")
     options = parser.parse_args()
     faulthandler.enable()  # a kernel that writes beyond its memory ends the program: say where
     name, _, part = options.task.lower().partition(".")
     if name and name not in assignment_names():
-        raise SystemExit(f"There is no {name!r} here; choose one of {', '.join(assignment_names())}.")
+        raise SystemExit(
+            f"There is no {name!r} here; choose one of {', '.join(assignment_names())}."
+        )
     results = []
     for each in [name] if name else assignment_names():
         try:

@@ -1,14 +1,14 @@
 """What an exercise is, how its checks run, and how their results are judged.
 
 The checks of an exercise are layers, the cheapest first:
-    contract    it runs, and its results have the right number, shape and type; inputs stay as they are
-    values      results on random inputs are those of the reference
+    contract    it runs, and its results have the right number, shape and type; inputs stay as they
+    are values      results on random inputs are those of the reference
     identities  what must hold whatever the inputs are
     picture     the tiny model draws the expected picture with it
     cost        what it takes, as a ratio to a plain version on the same computer
 
-`run` makes answers: tensors, without any judgement. `judge` compares them with the answers of the reference.
-So a submission can be run in one process and judged in another, which it cannot reach.
+`run` makes answers: tensors, without any judgement. `judge` compares them with the answers of the
+reference. So a submission can be run in one process and judged in another, which it cannot reach.
 """
 
 import functools
@@ -37,6 +37,7 @@ SEED = 1  # of the inputs that students see; grading takes another
 
 # ---- what an assignment consists of --------------------------------------------------------------
 
+
 class Random:
     """Random inputs of an exercise, which depend on the seed alone."""
 
@@ -54,7 +55,8 @@ class Random:
         return torch.randint(high, shape, generator=self.generator)
 
     def fill(self, module: nn.Module) -> nn.Module:
-        """Give every parameter of a module random numbers, small enough for its outputs to be about 1."""
+        """Give every parameter of a module random numbers, small enough for its outputs to be about
+        1."""
         for parameter in module.parameters():
             scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3
             parameter.data = scale * self.normal(*parameter.shape)
@@ -75,7 +77,8 @@ class Exercise:
     """A function to write.
 
     number: such as "A4.1".
-    target: the function, see source.py; of minipic, or of answers/a4.py where its answer is not in the
+    target: the function, see source.py; of minipic, or of answers/a4.py where its answer is not in
+    the
         repository.
     minutes: how long it should take.
     text: what to do, in Markdown.
@@ -109,7 +112,11 @@ class Exercise:
         if self.picture is not None:
             yield Answer("picture", self.picture.__doc__, {"picture": self.picture()})
         for sentence, used, plain, limit in self.cost():
-            outputs = {"used": as_tensor(used), "plain": as_tensor(plain), "limit": as_tensor(limit)}
+            outputs = {
+                "used": as_tensor(used),
+                "plain": as_tensor(plain),
+                "limit": as_tensor(limit),
+            }
             yield Answer("cost", sentence, outputs)
 
 
@@ -138,7 +145,8 @@ class Prediction:
 class BreakIt:
     """A check to write that accepts right versions of a function and fails for wrong ones.
 
-    target: the check in answers/a4.py; it takes the function, and fails by returning False or by any error.
+    target: the check in answers/a4.py; it takes the function, and fails by returning False or by
+    any error.
     subject: the function, whose source students have.
     alternates: other right bodies of it.
     equivalent: {change: why it is no mistake}.
@@ -172,7 +180,9 @@ class BreakIt:
         for mutant in self.wrong_versions():
             with installed(self.subject, mutant.text):
                 kills.append(not accepted(check, subject))
-        yield Answer("values", "the check", {"accepts": torch.tensor(accepts), "kills": torch.tensor(kills)})
+        yield Answer(
+            "values", "the check", {"accepts": torch.tensor(accepts), "kills": torch.tensor(kills)}
+        )
 
 
 def accepted(check: Callable, function: Callable) -> bool:
@@ -186,7 +196,8 @@ Task = Exercise | Prediction | BreakIt
 
 
 def only_values(task: Task, identities: bool = False) -> Task:
-    """The exercise without the layers after its values, or after its identities; other tasks as they are."""
+    """The exercise without the layers after its values, or after its identities; other tasks as
+    they are."""
     if not isinstance(task, Exercise):
         return task
     if identities:
@@ -199,13 +210,16 @@ def no_checks(*given: object) -> tuple:
 
 
 def load_assignment(name: str) -> ModuleType:
-    """The file of an assignment, such as "a4". Raises InputError for a package that it needs and that is missing."""
+    """The file of an assignment, such as "a4". Raises InputError for a package that it needs and
+    that is missing."""
     try:
         return importlib.import_module(f"coursework.{name}")
     except ModuleNotFoundError as error:
         if error.name != "triton":  # which not everybody has
             raise
-        raise InputError(f"{name} needs the package {error.name}; install it, or leave {name} out") from None
+        raise InputError(
+            f"{name} needs the package {error.name}; install it, or leave {name} out"
+        ) from None
 
 
 def assignment_names() -> list[str]:
@@ -217,16 +231,18 @@ def assignment_names() -> list[str]:
 def tiny() -> object:
     """The tiny model."""
     from minipic.pipeline import Pipeline
+
     return Pipeline.load("weights/tiny")
 
 
 def draw(prompt: str, **settings: object) -> Tensor:
     """What the tiny model draws, [3,H,W] in [0,1]. settings: of Pipeline.generate."""
-    picture, = tiny().generate(prompt, progress=False, **settings)
+    (picture,) = tiny().generate(prompt, progress=False, **settings)
     return (to_tensor(picture) + 1) / 2
 
 
 # ---- answers -------------------------------------------------------------------------------------
+
 
 @dataclass
 class Answer:
@@ -268,7 +284,9 @@ def answer_case(case: Case) -> Answer:
     """Call a function, and see whether it leaves its arguments alone."""
     before = [tensors(argument) for argument in case.arguments]
     before = [{name: tensor.clone() for name, tensor in found.items()} for found in before]
-    answer = Answer("values", case.name, size=sum(t.numel() for found in before for t in found.values()))
+    answer = Answer(
+        "values", case.name, size=sum(t.numel() for found in before for t in found.values())
+    )
     try:
         answer.outputs = tensors(case.call(*case.arguments), "result")
     except (Exception, SystemExit) as error:
@@ -352,16 +370,17 @@ def load_answers(path: Path) -> tuple[dict[str, list[Answer]], dict]:
 
 # ---- judging -------------------------------------------------------------------------------------
 
+
 @dataclass
 class Verdict:
     """Whether a task is solved, and if not, which layer says so and why."""
 
     number: str
-    layer: str | None = None   # that failed; None: solved
+    layer: str | None = None  # that failed; None: solved
     message: str = ""
-    hint: str = ""             # of the known mistake that gives the same results
-    score: float = 0.0         # 0 to 1
-    waits_for: str = ""        # the task whose function is needed first
+    hint: str = ""  # of the known mistake that gives the same results
+    score: float = 0.0  # 0 to 1
+    waits_for: str = ""  # the task whose function is needed first
 
     @property
     def passed(self) -> bool:
@@ -398,11 +417,15 @@ def needed_task(task: Task, message: str) -> str:
 
 
 def judge_all(
-        tasks: list[Task], answers: dict[str, list[Answer]], expected: dict[str, list[Answer]],
-        known: dict[str, list]) -> list[Verdict]:
+    tasks: list[Task],
+    answers: dict[str, list[Answer]],
+    expected: dict[str, list[Answer]],
+    known: dict[str, list],
+) -> list[Verdict]:
     """The verdicts on the tasks of an assignment.
 
-    A picture needs all functions of an assignment. It does not count while another of them is wrong.
+    A picture needs all functions of an assignment. It does not count while another of them is
+    wrong.
     """
     verdicts = []
     for task in tasks:
@@ -423,7 +446,9 @@ def judge_break_it(task: BreakIt, answers: list[Answer]) -> Verdict:
     answer = answers[0]
     wrong = task.wrong_versions()
     if answer.error is not None:
-        return Verdict(task.number, "contract", answer.error, waits_for=needed_task(task, answer.error))
+        return Verdict(
+            task.number, "contract", answer.error, waits_for=needed_task(task, answer.error)
+        )
     if answer.outputs["kills"].shape != (len(wrong),) or not answer.outputs["accepts"].all():
         return Verdict(task.number, "values", "the check fails for a right version of the function")
     kills = answer.outputs["kills"].tolist()
@@ -431,7 +456,9 @@ def judge_break_it(task: BreakIt, answers: list[Answer]) -> Verdict:
     score = 1 - len(missed) / len(wrong)
     if not missed:
         return Verdict(task.number, score=score)
-    message = f"{len(wrong) - len(missed)} of {len(wrong)} wrong versions fail; not this one: {missed[0]}"
+    message = (
+        f"{len(wrong) - len(missed)} of {len(wrong)} wrong versions fail; not this one: {missed[0]}"
+    )
     return Verdict(task.number, "values", message, score=score)
 
 
@@ -482,7 +509,10 @@ def contract(answer: Answer, right: Answer) -> str:
 
 def list_names(outputs: Iterable[str]) -> str:
     names = list(outputs)
-    return ", ".join(names[:4]) + (f", ... ({len(names)} results)" if len(names) > 4 else "") or "nothing"
+    return (
+        ", ".join(names[:4]) + (f", ... ({len(names)} results)" if len(names) > 4 else "")
+        or "nothing"
+    )
 
 
 def difference(name: str, key: str, got: Tensor, wanted: Tensor, tolerance: float) -> str:
@@ -500,11 +530,14 @@ def difference(name: str, key: str, got: Tensor, wanted: Tensor, tolerance: floa
         return ""
     index = torch.unravel_index(off.argmax(), off.shape)
     place = f"[{', '.join(str(int(i)) for i in index)}]" if off.ndim else ""
-    return (f"{name}{key}{place} is {got[index].item():.6g}, expected {wanted[index].item():.6g} "
-            f"(allowed difference {tolerance:.2g})")
+    return (
+        f"{name}{key}{place} is {got[index].item():.6g}, expected {wanted[index].item():.6g} "
+        f"(allowed difference {tolerance:.2g})"
+    )
 
 
 # ---- known mistakes ------------------------------------------------------------------------------
+
 
 def fingerprint(answers: list[Answer]) -> list[list[float] | None]:
     """Two numbers and a size for each case, which tell results apart; None for an error."""
@@ -515,7 +548,9 @@ def fingerprint(answers: list[Answer]) -> list[list[float] | None]:
         if answer.error is not None:
             prints.append(None)
             break
-        numbers = torch.cat([torch.zeros(1), *(t.double().flatten() for t in answer.outputs.values())])
+        numbers = torch.cat(
+            [torch.zeros(1), *(t.double().flatten() for t in answer.outputs.values())]
+        )
         numbers = numbers.nan_to_num(nan=17.0, posinf=19.0, neginf=-23.0)
         waves = torch.arange(len(numbers)).double()
         first = (numbers * waves.cos()).sum().item()

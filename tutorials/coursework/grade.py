@@ -1,4 +1,5 @@
-"""Grades submissions: each runs in processes of its own, and is judged here, by answers that it cannot reach."""
+"""Grades submissions: each runs in processes of its own, and is judged here, by answers that it
+cannot reach."""
 
 import csv
 import json
@@ -17,7 +18,16 @@ from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError
 
-from coursework.checks import LAYERS, Answer, BreakIt, Task, Verdict, judge_all, load_answers, load_assignment
+from coursework.checks import (
+    LAYERS,
+    Answer,
+    BreakIt,
+    Task,
+    Verdict,
+    judge_all,
+    load_answers,
+    load_assignment,
+)
 from coursework.reference import expected_answers, fill_ins, known_mistakes, replaced
 from coursework.release import release
 from coursework.source import body_of, fill, name_of, path_of
@@ -31,7 +41,7 @@ LARGEST_FILE = 1 << 20  # bytes of a file that is handed in
 class Grading:
     """What all submissions are graded with."""
 
-    bundle: Path              # the students' folder, as it was handed out
+    bundle: Path  # the students' folder, as it was handed out
     tasks: list[Task]
     expected: dict[str, list[Answer]]
     known: dict[str, list]
@@ -55,14 +65,24 @@ class Marks:
 
 
 def grade(
-        submissions: Path, out: Path, names: list[str], seed: int, variant: str | None = None,
-        seconds: int = 60, megabytes: int = 2000, jobs: int = 2) -> list[Marks]:
+    submissions: Path,
+    out: Path,
+    names: list[str],
+    seed: int,
+    variant: str | None = None,
+    seconds: int = 60,
+    megabytes: int = 2000,
+    jobs: int = 2,
+) -> list[Marks]:
     """Grade every folder and .zip in `submissions`, and write reports to `out`.
 
-    seconds, megabytes: limits of a task. Raises InputError where nothing was handed in, or `out` is not empty.
+    seconds, megabytes: limits of a task. Raises InputError where nothing was handed in, or `out` is
+    not empty.
     """
     if not submissions.is_dir():
-        raise InputError(f"{submissions} is no folder; give one that holds a folder or .zip for each student")
+        raise InputError(
+            f"{submissions} is no folder; give one that holds a folder or .zip for each student"
+        )
     found = sorted(path for path in submissions.iterdir() if path.is_dir() or path.suffix == ".zip")
     if not found:
         raise InputError(f"{submissions} holds no folder and no .zip")
@@ -94,6 +114,7 @@ def grade(
 
 # ---- one submission ------------------------------------------------------------------------------
 
+
 def grade_one(path: Path, grading: Grading) -> Marks:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=grading.bundle.parent) as temporary:
@@ -113,7 +134,8 @@ def student(path: Path) -> str:
 
 
 def unpack(path: Path, folder: Path, grading: Grading) -> list[str]:
-    """Make a folder to run: what was handed out, with the files that students were asked to change from theirs.
+    """Make a folder to run: what was handed out, with the files that students were asked to change
+    from theirs.
 
     Returns what is odd about the submission.
     """
@@ -125,7 +147,9 @@ def unpack(path: Path, folder: Path, grading: Grading) -> list[str]:
     for name in sorted({path_of(task.target) for task in grading.tasks}):
         content = read_submitted(path, name)
         if content is None:
-            notes.append(f"{name} is missing, or no ordinary file below 1 MB; the one handed out is used")
+            notes.append(
+                f"{name} is missing, or no ordinary file below 1 MB; the one handed out is used"
+            )
         else:
             (folder / name).write_bytes(content)
     for task in grading.tasks:
@@ -140,25 +164,39 @@ def put_back(folder: Path, target: str, grading: Grading):
     handed_out = (grading.bundle / path_of(target)).read_text(encoding="utf-8")
     try:
         text = path.read_text(encoding="utf-8")
-        path.write_text(fill(text, name_of(target), body_of(handed_out, name_of(target))), encoding="utf-8")
+        path.write_text(
+            fill(text, name_of(target), body_of(handed_out, name_of(target))), encoding="utf-8"
+        )
     except (SyntaxError, ValueError):  # the file cannot be read, and its import will say so
         return
 
 
 def read_submitted(path: Path, name: str) -> bytes | None:
-    """A file of a submission, in whatever folder inside it; None where there is none that can be used."""
+    """A file of a submission, in whatever folder inside it; None where there is none that can be
+    used."""
     if path.suffix == ".zip":
         try:
             with zipfile.ZipFile(path) as archive:
                 found = [entry for entry in archive.infolist() if ends_with(entry.filename, name)]
                 found = [entry for entry in found if entry.file_size <= LARGEST_FILE]
-                return archive.read(min(found, key=lambda entry: len(entry.filename))) if found else None
+                return (
+                    archive.read(min(found, key=lambda entry: len(entry.filename)))
+                    if found
+                    else None
+                )
         except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError):
             return None  # damaged, or with a password
-    files = [file for file in path.rglob(PurePosixPath(name).name) if ends_with(file.as_posix(), name)]
+    files = [
+        file for file in path.rglob(PurePosixPath(name).name) if ends_with(file.as_posix(), name)
+    ]
     for file in sorted(files, key=lambda file: len(file.parts)):
         inside = file.resolve().is_relative_to(path.resolve())
-        if file.is_file() and not file.is_symlink() and inside and file.stat().st_size <= LARGEST_FILE:
+        if (
+            file.is_file()
+            and not file.is_symlink()
+            and inside
+            and file.stat().st_size <= LARGEST_FILE
+        ):
             return file.read_bytes()
     return None
 
@@ -168,7 +206,8 @@ def ends_with(path: str, name: str) -> bool:
 
 
 def run_all(folder: Path, grading: Grading) -> dict[str, list[Answer]]:
-    """{number: answers} of all tasks. A process that ends early is replaced by a new one for the tasks after."""
+    """{number: answers} of all tasks. A process that ends early is replaced by a new one for the
+    tasks after."""
     answers = {}
     waiting = [task.number for task in grading.tasks]
     while waiting:
@@ -182,21 +221,45 @@ def run_all(folder: Path, grading: Grading) -> dict[str, list[Answer]]:
 
 
 def run_process(folder: Path, numbers: list[str], grading: Grading) -> str:
-    """Run tasks until all are done, or one takes too long, or the process ends; returns why it ended."""
-    command = [sys.executable, "-B", str(grading.bundle.parent / "sandbox.py"), str(folder), str(grading.seed),
-               str(grading.megabytes), *numbers]
-    environment = {key: os.environ[key] for key in ("PATH", "LANG", "LD_LIBRARY_PATH") if key in os.environ}
-    environment |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "HOME": str(folder), "TMPDIR": str(folder)}
+    """Run tasks until all are done, or one takes too long, or the process ends; returns why it
+    ended."""
+    command = [
+        sys.executable,
+        "-B",
+        str(grading.bundle.parent / "sandbox.py"),
+        str(folder),
+        str(grading.seed),
+        str(grading.megabytes),
+        *numbers,
+    ]
+    environment = {
+        key: os.environ[key] for key in ("PATH", "LANG", "LD_LIBRARY_PATH") if key in os.environ
+    }
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "1",
+        "HOME": str(folder),
+        "TMPDIR": str(folder),
+    }
     log = folder / "out" / "log.txt"
     with log.open("ab") as output:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output,
-                                   stderr=output, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
     done = 0
     deadline = time.monotonic() + grading.seconds + 60  # to start takes a while
     try:
         while process.poll() is None:
             time.sleep(0.05)
-            now_done = sum((folder / "out" / f"{number}.safetensors").exists() for number in numbers)
+            now_done = sum(
+                (folder / "out" / f"{number}.safetensors").exists() for number in numbers
+            )
             if now_done > done:
                 done = now_done
                 deadline = time.monotonic() + grading.seconds
@@ -205,7 +268,8 @@ def run_process(folder: Path, numbers: list[str], grading: Grading) -> str:
     finally:
         stop(process)
     if process.returncode < 0:
-        return f"the process was ended by signal {-process.returncode}, as when memory or disk are used up"
+        signal_number = -process.returncode
+        return f"the process was ended by signal {signal_number}, as when memory or disk are used up"
     return f"the process ended by itself, with code {process.returncode}, before the task was done"
 
 
@@ -234,10 +298,13 @@ def read_answers(out: Path, number: str, reason: str) -> list[Answer]:
             return [*load_answers(quick)[0][number], Answer("picture", "", error=reason)]
         return [Answer("contract", "", error=reason)]
     except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
-        return [Answer("contract", "", error=f"the answers cannot be read ({type(error).__name__})")]
+        return [
+            Answer("contract", "", error=f"the answers cannot be read ({type(error).__name__})")
+        ]
 
 
 # ---- reports -------------------------------------------------------------------------------------
+
 
 def explain(verdict: Verdict) -> str:
     """A verdict as a sentence or two."""
@@ -262,13 +329,23 @@ def write_report(folder: Path, marks: Marks):
     for verdict in marks.verdicts:
         text = explain(verdict)
         lines += ["", f"## {verdict.number}: {verdict.score:.2f}", "", "```", text, "```"]
-        tests.append({
-            "name": verdict.number, "score": round(verdict.score, 4), "max_score": 1, "output": text,
-            "status": "passed" if verdict.score == 1 else "failed", "visibility": "visible"})
+        tests.append(
+            {
+                "name": verdict.number,
+                "score": round(verdict.score, 4),
+                "max_score": 1,
+                "output": text,
+                "status": "passed" if verdict.score == 1 else "failed",
+                "visibility": "visible",
+            }
+        )
     (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     results = {
-        "score": round(marks.total, 4), "execution_time": round(marks.seconds), "output": "\n".join(marks.notes),
-        "tests": tests}
+        "score": round(marks.total, 4),
+        "execution_time": round(marks.seconds),
+        "output": "\n".join(marks.notes),
+        "tests": tests,
+    }
     (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
@@ -280,7 +357,9 @@ def write_table(path: Path, marks: list[Marks]):
         table.writerow(["submission", *numbers, "total", "of", "notes"])
         for each in marks:
             scores = [f"{verdict.score:.2f}" for verdict in each.verdicts]
-            table.writerow([each.name, *scores, f"{each.total:.2f}", len(numbers), "; ".join(each.notes)])
+            table.writerow(
+                [each.name, *scores, f"{each.total:.2f}", len(numbers), "; ".join(each.notes)]
+            )
 
 
 def summary(marks: list[Marks]) -> str:
@@ -294,11 +373,23 @@ def summary(marks: list[Marks]) -> str:
             failures[verdict.number, verdict.layer] += 1
             if verdict.layer == "values" and not verdict.hint and not verdict.waits_for:
                 unexplained.append(f"- {each.name}, {verdict.number}: {verdict.message}")
-    lines = [f"# {len(marks)} submissions", "", "Share of submissions that each check stops:", "",
-             "| task | " + " | ".join(LAYERS) + " |", "| --- |" + " --- |" * len(LAYERS)]
+    lines = [
+        f"# {len(marks)} submissions",
+        "",
+        "Share of submissions that each check stops:",
+        "",
+        "| task | " + " | ".join(LAYERS) + " |",
+        "| --- |" + " --- |" * len(LAYERS),
+    ]
     for number in [verdict.number for verdict in marks[0].verdicts]:
         shares = [f"{failures[number, layer] / len(marks):.0%}" for layer in LAYERS]
         lines.append(f"| {number} | " + " | ".join(shares) + " |")
-    lines += ["", "Wrong values that are those of no known mistake. What several students write belongs into the "
-              "misconceptions of the assignment:", "", *(unexplained or ["none"])]
+    lines += [
+        "",
+        "Wrong values that are those of no known mistake. What several students write belongs into "
+        "the "
+        "misconceptions of the assignment:",
+        "",
+        *(unexplained or ["none"]),
+    ]
     return "\n".join(lines) + "\n"

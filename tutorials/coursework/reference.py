@@ -1,7 +1,9 @@
-"""What the reference gives for every task: its answers, how far they may be off, and the known mistakes.
+"""What the reference gives for every task: its answers, how far they may be off, and the known
+mistakes.
 
-Only the instructor has this file. It also holds the gate that an assignment must pass before students see it:
-no wrong version of a function may pass its checks, and no right version may fail them.
+Only the instructor has this file. It also holds the gate that an assignment must pass before
+students see it: no wrong version of a function may pass its checks, and no right version may fail
+them.
 """
 
 import copy
@@ -19,12 +21,31 @@ import torch.nn as nn
 
 from coursework import checks
 from coursework.checks import (
-    Answer, Case, Exercise, Prediction, Task, Verdict, fingerprint, judge, only_values, run)
+    Answer,
+    Case,
+    Exercise,
+    Prediction,
+    Task,
+    Verdict,
+    fingerprint,
+    judge,
+    only_values,
+    run,
+)
 from coursework.source import (
-    VARIANT_TEXTS, Mutant, fill_in, installed, mutants, name_of, path_of, replace_once, text_of)
+    VARIANT_TEXTS,
+    Mutant,
+    fill_in,
+    installed,
+    mutants,
+    name_of,
+    path_of,
+    replace_once,
+    text_of,
+)
 
-MARGIN = 10                 # the tolerance is this many times the spread of right answers
-ROUNDING = 4 * 2**-23       # of fp32, as a share of the largest number: the least spread
+MARGIN = 10  # the tolerance is this many times the spread of right answers
+ROUNDING = 4 * 2**-23  # of fp32, as a share of the largest number: the least spread
 PICTURE_ROUNDING = 0.2 / 255  # a picture has 256 levels
 
 
@@ -36,6 +57,7 @@ class Wrong(NamedTuple):
 
 
 # ---- the parts of an assignment that students do not get -----------------------------------------
+
 
 def fill_ins(assignment: ModuleType) -> list[Exercise]:
     """The exercises whose answer is in the repository."""
@@ -54,7 +76,8 @@ def right_versions(assignment: ModuleType, task: Exercise) -> list[str]:
 
 
 def wrong_versions(assignment: ModuleType, task: Exercise) -> list[Mutant]:
-    """The named misconceptions of a task, and then every mutant that is not listed as equivalent."""
+    """The named misconceptions of a task, and then every mutant that is not listed as
+    equivalent."""
     text = text_of(task.target)
     name = name_of(task.target)
     found = []
@@ -83,12 +106,15 @@ def replaced(assignment: ModuleType, variant: str | None):
         stack.enter_context(mock.patch.dict(VARIANT_TEXTS))
         for number, old, new in chosen["replace"]:
             target = targets[number]
-            VARIANT_TEXTS[path_of(target)] = replace_once(text_of(target), name_of(target), old, new)
+            VARIANT_TEXTS[path_of(target)] = replace_once(
+                text_of(target), name_of(target), old, new
+            )
             stack.enter_context(installed(target, text_of(target)))
         yield
 
 
 # ---- expected answers ----------------------------------------------------------------------------
+
 
 @contextmanager
 def threads(count: int):
@@ -124,8 +150,8 @@ def doubled(value: object) -> object:
 def expected_answers(assignment: ModuleType, seed: int) -> dict[str, list[Answer]]:
     """{number: answers of the reference, with their tolerances} of every task that has some.
 
-    The tolerance of an output is MARGIN times the largest difference between right answers: in fp32 and fp64, with
-    one thread and two, and by every alternate solution.
+    The tolerance of an output is MARGIN times the largest difference between right answers: in fp32
+    and fp64, with one thread and two, and by every alternate solution.
     Pictures are drawn in fp32 with one thread.
     """
     expected = {}
@@ -157,7 +183,9 @@ def answered(target: str, value: object):
 def with_tolerance(assignment: ModuleType, task: Exercise, seed: int) -> list[Answer]:
     answers = run(task, seed)
     if answers[-1].error is not None:
-        raise RuntimeError(f"{task.number}: the reference fails its own checks: {answers[-1].error}")
+        raise RuntimeError(
+            f"{task.number}: the reference fails its own checks: {answers[-1].error}"
+        )
     others = []
     for context in (in_double(), threads(2)):
         with context:
@@ -192,7 +220,8 @@ def rounding(answer: Answer, tensor: torch.Tensor) -> float:
 
 
 def furthest(answer: Answer, other: Answer, name: str) -> float:
-    """How far apart two right answers are; of an identity, how far the other is from what it should be."""
+    """How far apart two right answers are; of an identity, how far the other is from what it should
+    be."""
     mine = answer.outputs["expected" if answer.layer == "identities" else name]
     if answer.layer == "identities":
         mine = other.outputs["expected"]
@@ -205,23 +234,31 @@ def furthest(answer: Answer, other: Answer, name: str) -> float:
 
 # ---- known mistakes and the gate -----------------------------------------------------------------
 
+
 def known_mistakes(assignment: ModuleType, task: Exercise, seed: int) -> list[tuple[str, list]]:
-    """[(hint, fingerprint of its results), ...] of every wrong version; of slow assignments, of those with a name."""
+    """[(hint, fingerprint of its results), ...] of every wrong version; of slow assignments, of
+    those with a name."""
     right = fingerprint(run(only_values(task), seed))
     wrong = wrong_versions(assignment, task)
     if runs_apart(assignment):
-        wrong = wrong[:len(assignment.MISCONCEPTIONS.get(task.number, ()))]
+        wrong = wrong[: len(assignment.MISCONCEPTIONS.get(task.number, ()))]
     found = []
     for mutant in wrong:
         with installed(task.target, mutant.text):
             prints = separately(assignment, lambda: fingerprint(run(only_values(task), seed)))
-        is_right = prints is None or len(prints) == len(right) and all(map(checks.same_print, prints, right))
+        is_right = (
+            prints is None
+            or len(prints) == len(right)
+            and all(map(checks.same_print, prints, right))
+        )
         if not is_right:
             found.append((mutant.hint, prints))
     return found
 
 
-def survivors(assignment: ModuleType, task: Exercise, expected: list[Answer], seed: int) -> Iterator[Wrong]:
+def survivors(
+    assignment: ModuleType, task: Exercise, expected: list[Answer], seed: int
+) -> Iterator[Wrong]:
     """The wrong versions of a function that pass all of its checks."""
     for mutant in wrong_versions(assignment, task):
         if separately(assignment, lambda: verdict_on(task, mutant.text, expected, seed).passed):
@@ -229,22 +266,27 @@ def survivors(assignment: ModuleType, task: Exercise, expected: list[Answer], se
 
 
 def verdict_on(task: Exercise, text: str, expected: list[Answer], seed: int) -> Verdict:
-    """The verdict on another version of a function; the first layers are tried alone, because they are quick."""
+    """The verdict on another version of a function; the first layers are tried alone, because they
+    are quick."""
     with installed(task.target, text):
         quick = only_values(task)
-        verdict = judge(quick, run(quick, seed), [answer for answer in expected if answer.layer == "values"])
+        verdict = judge(
+            quick, run(quick, seed), [answer for answer in expected if answer.layer == "values"]
+        )
         if not verdict.passed:
             return verdict
         return judge(task, run(task, seed), expected)
 
 
 def runs_apart(assignment: ModuleType) -> bool:
-    """Whether wrong versions may write anywhere in memory, as kernels in Triton's interpreter do."""
+    """Whether wrong versions may write anywhere in memory, as kernels in Triton's interpreter
+    do."""
     return getattr(assignment, "RUNS_APART", False)
 
 
 def separately(assignment: ModuleType, function: Callable) -> object:
-    """What a function returns, JSON. Where `runs_apart`, it runs in a copy of the process; None if that dies."""
+    """What a function returns, JSON. Where `runs_apart`, it runs in a copy of the process; None if
+    that dies."""
     if not runs_apart(assignment):
         return function()
     reading, writing = os.pipe()

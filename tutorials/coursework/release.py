@@ -1,4 +1,5 @@
-"""Makes the folder that students get: minipic with the functions to write left out, checks and handouts."""
+"""Makes the folder that students get: minipic with the functions to write left out, checks and
+handouts."""
 
 import ast
 import inspect
@@ -19,33 +20,41 @@ TOOLS = ("source.py", "checks.py")  # of the coursework that students need
 STUDENT_README = """\
 # minipic: assignments
 
-Functions of this copy of minipic are left out, and yours to write. `handouts/` says what each should do.
+Functions of this copy of minipic are left out, and yours to write. `handouts/` says what each
+should do.
 
     python -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt
     python check.py
     python check.py a4.2 --show
 
-The functions to write raise NotImplementedError; fill them in where they are. What is not a function of minipic goes to
-`answers/`. Hand in this folder, or a zip file of it. Only the files that you are asked to change are read, and
-all checks are run again, with other random inputs.
+The functions to write raise NotImplementedError; fill them in where they are. What is not a
+function of minipic goes to `answers/`. Hand in this folder, or a zip file of it. Only the files
+that you are asked to change are read, and all checks are run again, with other random inputs.
 """
 
 
 def release(
-        out: Path, names: list[str], variant: str | None = None, seed: int = SEED,
-        with_expected: bool = True):
+    out: Path,
+    names: list[str],
+    variant: str | None = None,
+    seed: int = SEED,
+    with_expected: bool = True,
+):
     """Write a student's folder with these assignments, such as ["a4"].
 
     variant: of the assignments that have one by this name.
     with_expected: the expected answers and the handouts too, which grading does not need.
-    Raises InputError for a folder that holds something already, and for a variant that no assignment has.
+    Raises InputError for a folder that holds something already, and for a variant that no
+    assignment has.
     """
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty; choose a new folder")
     assignments = {name: load_assignment(name) for name in names}
     variants = [variant for assignment in assignments.values() for variant in assignment.VARIANTS]
     if variant is not None and variant not in variants:
-        raise ParameterError("variant", f"{variant!r} is unknown; these assignments have {variants or 'none'}")
+        raise ParameterError(
+            "variant", f"{variant!r} is unknown; these assignments have {variants or 'none'}"
+        )
     for path in needed_files(names):
         copy(ROOT / path, out / path)
     for path in (ROOT / "weights" / "tiny").rglob("*"):
@@ -62,7 +71,9 @@ def release(
     (out / "README.md").write_text(STUDENT_README, encoding="utf-8")
     for name, assignment in assignments.items():
         text = (HERE / f"{name}.py").read_text(encoding="utf-8")
-        (out / "coursework" / f"{name}.py").write_text(text.partition(NOT_FOR_STUDENTS)[0], encoding="utf-8")
+        (out / "coursework" / f"{name}.py").write_text(
+            text.partition(NOT_FOR_STUDENTS)[0], encoding="utf-8"
+        )
         for task in fill_ins(assignment):
             path = out / path_of(task.target)
             text = path.read_text(encoding="utf-8")
@@ -80,7 +91,9 @@ def copy(source: Path, target: Path):
 
 def needed_files(names: list[str]) -> list[str]:
     """The files of minipic that the assignments import, and what those import."""
-    waiting = [HERE / name for name in (*TOOLS, "check.py")] + [HERE / f"{name}.py" for name in names]
+    waiting = [HERE / name for name in (*TOOLS, "check.py")] + [
+        HERE / f"{name}.py" for name in names
+    ]
     found = {"minipic/__init__.py"}
     while waiting:
         for node in ast.walk(ast.parse(waiting.pop().read_text(encoding="utf-8"))):
@@ -105,7 +118,11 @@ def imported_files(node: ast.AST) -> list[str]:
             continue
         for i in range(1, len(parts) + 1):
             folder = "/".join(parts[:i])
-            found += [path for path in (f"{folder}.py", f"{folder}/__init__.py") if (ROOT / path).is_file()]
+            found += [
+                path
+                for path in (f"{folder}.py", f"{folder}/__init__.py")
+                if (ROOT / path).is_file()
+            ]
     return found
 
 
@@ -118,7 +135,9 @@ def write_answers_file(path: Path, name: str, assignment: ModuleType):
         answer = name_of(task.target)
         if isinstance(task, (Exercise, BreakIt)):
             stub = task.stub.strip("\n")
-            parts.append(f'\n\n{stub}\n    raise NotImplementedError("{task.number}: {answer} is yours to write")\n')
+            parts.append(
+                f'\n\n{stub}\n    raise NotImplementedError("{task.number}: {answer} is yours to write")\n'
+            )
         else:
             parts.append(f"\n{answer} = None  # {task.number}: your prediction, a number\n")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,11 +152,18 @@ def write_expected(out: Path, name: str, assignment: ModuleType, variant: str | 
     save_answers(expected, folder / f"{name}.safetensors", known)
     handouts = out / "handouts"
     handouts.mkdir(exist_ok=True)
-    pictures = [answer for answers in expected.values() for answer in answers if answer.layer == "picture"]
+    pictures = [
+        answer for answers in expected.values() for answer in answers if answer.layer == "picture"
+    ]
     if pictures:
         figure = image_grid(
-            [picture for answer in pictures for picture in to_pictures(2 * answer.outputs["picture"][None] - 1)],
-            [answer.name for answer in pictures])
+            [
+                picture
+                for answer in pictures
+                for picture in to_pictures(2 * answer.outputs["picture"][None] - 1)
+            ],
+            [answer.name for answer in pictures],
+        )
         figure.save(handouts / f"{name}.png")
     text = handout(name, assignment, variant, bool(pictures))
     (handouts / f"{name}.md").write_text(text, encoding="utf-8")
@@ -146,14 +172,22 @@ def write_expected(out: Path, name: str, assignment: ModuleType, variant: str | 
 def handout(name: str, assignment: ModuleType, variant: str | None, has_figure: bool) -> str:
     """The assignment as Markdown: its introduction, and each task with what its docstring says."""
     minutes = sum(task.minutes for task in assignment.TASKS)
-    parts = [inspect.cleandoc(assignment.__doc__), f"About {minutes} minutes. Check with `python check.py {name}`, which takes less than a minute."]
+    parts = [
+        inspect.cleandoc(assignment.__doc__),
+        f"About {minutes} minutes. Check with `python check.py {name}`, "
+        "which takes less than a minute.",
+    ]
     if variant and variant in assignment.VARIANTS:
         parts.append(f"**This time**: {assignment.VARIANTS[variant]['text']}")
     if has_figure:
-        parts.append(f"![What the tiny model draws when all is right]({name}.png)\n\n"
-                     "What the tiny model draws with the functions of this assignment, when all is right.")
+        parts.append(
+            f"![What the tiny model draws when all is right]({name}.png)\n\n"
+            "What the tiny model draws with the functions of this assignment, when all is right."
+        )
     for task in assignment.TASKS:
-        parts.append(f"## {task.number} `{name_of(task.target)}` · {task.minutes} minutes\n\n{task.text}")
+        parts.append(
+            f"## {task.number} `{name_of(task.target)}` · {task.minutes} minutes\n\n{task.text}"
+        )
         parts.append(f"```python\n# {path_of(task.target)}\n{signature(task)}\n```")
         for hint in getattr(task, "hints", ()):
             parts.append(f"<details><summary>A hint</summary>\n\n{hint}\n\n</details>")
@@ -170,4 +204,4 @@ def signature(task: Task) -> str:
     function = find(text, name_of(task.target))
     last = function.body[0]
     end = last.end_lineno if ast.get_docstring(function) is not None else last.lineno - 1
-    return inspect.cleandoc("\n" + "\n".join(text.splitlines()[function.lineno - 1:end]))
+    return inspect.cleandoc("\n" + "\n".join(text.splitlines()[function.lineno - 1 : end]))

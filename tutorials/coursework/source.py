@@ -1,7 +1,8 @@
-"""Functions of minipic as text: cut out, put back, changed in one place, and run in place of the original.
+"""Functions of minipic as text: cut out, put back, changed in one place, and run in place of the
+original.
 
-A function is named by its target, such as "minipic.layers.lora:LoRA.delta". Its file stays as it is; all
-work is on the text of the file and on its syntax tree.
+A function is named by its target, such as "minipic.layers.lora:LoRA.delta". Its file stays as it
+is; all work is on the text of the file and on its syntax tree.
 """
 
 import ast
@@ -25,12 +26,15 @@ if not (ROOT / "minipic").is_dir():
 class Mutant(NamedTuple):
     """A function with one mistake."""
 
-    change: str  # what was changed, as code: "a + b -> a - b"; of its second place "a + b -> a - b #2"
-    hint: str    # what the mistake is, without the code
-    text: str    # of the whole file
+    change: (
+        str  # what was changed, as code: "a + b -> a - b"; of its second place "a + b -> a - b #2"
+    )
+    hint: str  # what the mistake is, without the code
+    text: str  # of the whole file
 
 
 # ---- where a function is -------------------------------------------------------------------------
+
 
 def path_of(target: str) -> str:
     """The file of a target: "minipic.layers.lora:LoRA.delta" -> "minipic/layers/lora.py"."""
@@ -43,7 +47,9 @@ def name_of(target: str) -> str:
     return target.split(":")[1]
 
 
-VARIANT_TEXTS = {}  # {path: text} of files that differ while a variant of an assignment is the reference
+VARIANT_TEXTS = (
+    {}
+)  # {path: text} of files that differ while a variant of an assignment is the reference
 
 
 def text_of(target: str) -> str:
@@ -54,11 +60,16 @@ def text_of(target: str) -> str:
 
 
 def find(text: str, name: str) -> ast.FunctionDef:
-    """The syntax tree of a function or method. Raises ValueError where there is none, or several."""
+    """The syntax tree of a function or method. Raises ValueError where there is none, or
+    several."""
     nodes = [ast.parse(text)]
     for part in name.split("."):
-        nodes = [child for node in nodes for child in node.body
-                 if isinstance(child, (ast.FunctionDef, ast.ClassDef)) and child.name == part]
+        nodes = [
+            child
+            for node in nodes
+            for child in node.body
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)) and child.name == part
+        ]
     if len(nodes) != 1:
         raise ValueError(f"{len(nodes)} functions are called {name!r}")
     return nodes[0]
@@ -69,9 +80,10 @@ def has_docstring(function: ast.FunctionDef) -> bool:
 
 
 def body_lines(text: str, name: str) -> slice:
-    """Which lines are the body: all after the docstring, or after the signature if there is none."""
+    """Which lines are the body: all after the docstring, or after the signature if there is
+    none."""
     function = find(text, name)
-    statements = function.body[has_docstring(function):]
+    statements = function.body[has_docstring(function) :]
     if not statements or statements[0].lineno == function.lineno:
         raise ValueError(f"{name} has no body of its own lines")
     lines = text.splitlines()
@@ -100,7 +112,8 @@ def fill_in(text: str, name: str, body: str) -> str:
 
 
 def blank(text: str, name: str, number: str) -> str:
-    """The text with a body that only raises NotImplementedError. `fill` with the old one undoes it."""
+    """The text with a body that only raises NotImplementedError. `fill` with the old one undoes
+    it."""
     return fill_in(text, name, f'raise NotImplementedError("{number}: {name} is yours to write")')
 
 
@@ -115,11 +128,27 @@ def replace_once(text: str, name: str, old: str, new: str) -> str:
 # ---- mistakes ------------------------------------------------------------------------------------
 
 OTHER_OPERATOR = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.MatMult: ast.Mult,
-    ast.Pow: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv}
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.MatMult: ast.Mult,
+    ast.Pow: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+}
 OTHER_COMPARISON = {
-    ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
+    ast.Lt: ast.GtE,
+    ast.GtE: ast.Lt,
+    ast.Gt: ast.LtE,
+    ast.LtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
 ORDER_COUNTS = (ast.Sub, ast.Div, ast.MatMult, ast.Pow)
 OPTIONAL_CALLS = ("sqrt", "exp", "log", "clamp", "float", "abs")
 MODULES = ("torch", "math", "F", "tl")
@@ -155,10 +184,13 @@ def mistakes(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
         yield other, "the two cases of an if are swapped"
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
         yield ast.Compare(node.left, [OTHER_COMPARISON[type(node.ops[0])]()], node.comparators), (
-            "a comparison is the wrong way round")
+            "a comparison is the wrong way round"
+        )
     if isinstance(node, ast.BoolOp):
         other_op = ast.Or() if isinstance(node.op, ast.And) else ast.And()
-        yield ast.BoolOp(other_op, node.values), "an `and` should be an `or`, or the other way round"
+        yield ast.BoolOp(
+            other_op, node.values
+        ), "an `and` should be an `or`, or the other way round"
 
 
 def places(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
@@ -181,7 +213,7 @@ def put(parent: ast.AST, field: str, index: int | None, node: ast.AST):
 def mutants(text: str, name: str) -> list[Mutant]:
     """Every mistake in the body of a function, one at a time."""
     function = find(text, name)
-    body = ast.Module(function.body[has_docstring(function):], [])
+    body = ast.Module(function.body[has_docstring(function) :], [])
     found = []
     for parent, field, index, node in list(places(body)):
         for other, hint in mistakes(node):
@@ -202,6 +234,7 @@ def first_line(node: ast.AST) -> str:
 
 # ---- running another body ------------------------------------------------------------------------
 
+
 def resolve(target: str) -> object:
     """The function of a target, or the number if the target is one."""
     module, name = target.split(":")
@@ -220,7 +253,9 @@ def plain(function: object) -> FunctionType:
 def code_of(code: CodeType, names: list[str]) -> CodeType:
     """The code of a function inside that of a module or class."""
     for name in names:
-        code = [part for part in code.co_consts if isinstance(part, CodeType) and part.co_name == name][-1]
+        code = [
+            part for part in code.co_consts if isinstance(part, CodeType) and part.co_name == name
+        ][-1]
     return code
 
 
@@ -241,7 +276,11 @@ def installed(target: str, text: str):
         function.__code__ = code
     else:  # only one of them calls super(): a method, which is looked up in its class
         owner = resolve(target.rpartition(".")[0])
-        setattr(owner, code.co_name, FunctionType(code, function.__globals__, code.co_name, function.__defaults__))
+        setattr(
+            owner,
+            code.co_name,
+            FunctionType(code, function.__globals__, code.co_name, function.__defaults__),
+        )
     try:
         yield
     finally:
