@@ -326,11 +326,9 @@ def check_rescale(rescale):
 '''
 ADAMS_STUB = '''
 def adams_bashforth(denoise, x, sigmas, noise=None):
-    """The two-step Adams-Bashforth method in sigma; yields (x, x0) after every step, as
-    samplers.euler does.
+    """The two-step Adams-Bashforth method in sigma; yields (x, x0) after every step, as samplers.euler does.
 
-    denoise(x, sigma) -> x0; x [B,...] starts at level sigmas[0]; sigmas [n+1] falls. `noise` is not
-    used.
+    denoise(x, sigma) -> x0; x [B,...] starts at level sigmas[0]; sigmas [n+1] falls. `noise` is not used.
     """
 '''
 
@@ -566,8 +564,7 @@ ALTERNATES = {  # {number: [another right body, ...]}
         """
         pairs = list(terms)
         rest = 1 - sum(weight for weight, _ in pairs)
-        return rest * uncond + sum((weight * prediction for weight, prediction in pairs),
-        torch.zeros_like(uncond))
+        return rest * uncond + sum((weight * prediction for weight, prediction in pairs), torch.zeros_like(uncond))
         """,
     ],
     "A4.2": [
