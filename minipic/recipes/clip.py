@@ -22,7 +22,7 @@ from PIL import Image
 from tokenizers import pre_tokenizers, trainers
 from tqdm import tqdm
 
-from minipic.common import InputError, rng
+from minipic.common import InputError, ParameterError, rng
 from minipic.figures import image_grid
 from minipic.image import to_pictures
 from minipic.models.clip import (
@@ -36,8 +36,8 @@ from minipic.weights.files import write_json
 from minipic.weights.layouts import save_part
 from minipic.weights.tokenizer import END, START, WORD_END, byte_level_bpe, write_tokenizer
 from minipic.world.caption import RELATIONS, Thing, parse
-from minipic.world.edits import edited
-from minipic.world.pictures import CHUNK, Picture, compose
+from minipic.world.edits import edited, put
+from minipic.world.pictures import CHUNK, Picture, compose, compose_counted
 from minipic.world.scene import COLORS, FLOORS, PATTERNS, PLACES, SHAPES, SIZES, SKIES, is_held_out
 
 CAPTIONS = 2000  # whose words make the vocabulary
@@ -61,13 +61,21 @@ class Settings(TrainSettings):
     """Train both text encoders and the vision tower to match pictures with their captions."""
 
     scenes: int = option(10000, "different pictures, drawn before training starts", group=DATA)
+    counts: float = option(
+        0.0, "share of the pictures that show two or three alike things, whose captions count "
+        "them: two red cubes", group=DATA)
     vocabulary: int = option(
         1024, "tokens at most; the words of captions need about 700", group=DATA)
     steps: int = option(2500)
     batch: int = option(64)
     weight_decay: float = option(0.1)
 
-    MINIMUM = TrainSettings.MINIMUM | {"scenes": FAMILY}
+    MINIMUM = TrainSettings.MINIMUM | {"scenes": FAMILY, "counts": 0}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.counts >= 1:
+            raise ParameterError("counts", f"must be below 1, not {self.counts}; try 0.15")
 
 
 class Towers(nn.Module):
@@ -108,6 +116,9 @@ def build(config: Settings) -> Towers:
         captions = []
         for i in range(CAPTIONS):
             captions.append(compose(config.seed, i).caption(rng(config.seed, "vocabulary", i)))
+        for i in range(round(config.counts * CAPTIONS)):
+            picture = compose_counted(config.seed, i)
+            captions.append(picture.caption(rng(config.seed, "counted vocabulary", i)))
         train_tokenizer(captions, first, config.vocabulary, END)
         train_tokenizer(captions, second, config.vocabulary, "!")
     wait_for_everyone()
@@ -137,6 +148,26 @@ def family_picture(seed: int, index: int) -> Picture:
         if not any(is_held_out(thing) for thing in scene.objects):
             return replace(first, scenes=(scene,))
     return first
+
+
+def counted_picture(seed: int, index: int) -> Picture:
+    """Picture number `index` of other families, in which captions count alike things.
+
+    A family is a picture of three things, and the same without each of them: "three red cubes" and
+    "two red cubes" differ in the number alone.
+    """
+    first = compose_counted(seed, index - index % FAMILY, objects=3)
+    if index % FAMILY == 0 or first.kind == "panels":
+        return first
+    scene = put(first.scenes[0], index % FAMILY - 1, None)
+    return replace(first, scenes=(scene,))
+
+
+def training_picture(seed: int, counted: int, number: int) -> Picture:
+    """Picture `number` of those of a run: so many counted ones come first."""
+    if number < counted:
+        return counted_picture(seed, number)
+    return family_picture(seed, number - counted)
 
 
 def train_tokenizer(
@@ -181,8 +212,11 @@ class CaptionData:
     def __init__(self, towers: Towers, config: Settings):
         self.config = config
         self.tokenizers = towers.tokenizers
+        families = config.scenes // FAMILY
+        counted = FAMILY * min(round(config.counts * families), families - 1)
         numbers = range(config.scenes)
-        pictures = in_order(partial(family_picture, config.seed), numbers, config.workers)
+        make = partial(training_picture, config.seed, counted)
+        pictures = in_order(make, numbers, config.workers)
         self.pictures = list(tqdm(
             pictures, "scenes", total=len(numbers), leave=False, mininterval=2))
         starts = range(0, config.scenes, CHUNK)

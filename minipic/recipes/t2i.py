@@ -6,6 +6,9 @@ Min-SNR weights (arXiv 2303.09556).
 
 With aligned panels (--panels), attention learns to look for what corresponds in the other half of a
 picture. ONE-PIC (papers/onepic.py), side by side, relies on such a model.
+
+With scenes of alike things (--counts), it learns what "two red cubes" are: other captions name each
+thing by itself.
 """
 
 from dataclasses import dataclass, replace
@@ -70,23 +73,32 @@ class Settings(LoraSettings):
     panels: float = option(
         0.0, "share of the samples that are two pictures side by side of which each tells of the "
         "other: a map and its picture, before and after an edit, two views, and so on", group=DATA)
+    counts: float = option(
+        0.0, "share of the samples that show two or three alike things, whose captions count them: "
+        "two red cubes", group=DATA)
     prediction: str = option(
         "v_prediction", "what a new UNet predicts", ("epsilon", "v_prediction"), group=LOSS)
     steps: int = option(8000)
     lr: float = option(8e-4)
     ema: float = option(0.9995)
 
-    MINIMUM = LoraSettings.MINIMUM | {"scenes": 1, "panels": 0}
+    MINIMUM = LoraSettings.MINIMUM | {"scenes": 1, "panels": 0, "counts": 0}
 
     def __post_init__(self):
         super().__post_init__()
         if self.from_nothing and self.lora_rank:
             raise ParameterError(
                 "lora_rank", "a new UNet is trained whole; leave it out, or start from a model")
-        if self.panels >= 1:
-            raise ParameterError("panels", f"must be below 1, not {self.panels}; try 0.5")
-        if self.panels and self.data:
-            raise ParameterError("panels", "are pictures of the world; leave data out")
+        for name, example in (("panels", 0.5), ("counts", 0.15)):
+            share = getattr(self, name)
+            if share >= 1:
+                raise ParameterError(name, f"must be below 1, not {share}; try {example}")
+            if share and self.data:
+                raise ParameterError(name, "are pictures of the world; leave data out")
+        if self.panels + self.counts >= 1:
+            rest = 1 - self.panels
+            raise ParameterError(
+                "counts", f"must be below {rest:g}, what panels leave, not {self.counts}")
         if self.resolution and not self.data:
             raise ParameterError(
                 "resolution", "the world's pictures have sizes of their own; give a folder of "
@@ -145,11 +157,16 @@ def data(pipeline: Pipeline, config: Settings) -> LatentData:
 
 
 class WorldData(LatentData):
-    """Latents of the world's pictures. A share config.panels of all are aligned panels."""
+    """Latents of the world's pictures.
+
+    A share config.panels of all are aligned panels, and config.counts show alike things.
+    """
 
     def __init__(self, pipeline: Pipeline, config: Settings):
         panels = min(round(config.panels * config.scenes), config.scenes - 1)
-        pictures = world_pictures(config, config.scenes - panels)
+        counted = min(round(config.counts * config.scenes), config.scenes - panels - 1)
+        pictures = world_pictures(config, config.scenes - panels - counted)
+        pictures += world_pictures(config, counted, counted=True)
         super().__init__(pipeline, pictures, config)
         for number, task in enumerate(PANELS):
             start = panels * number // len(PANELS)

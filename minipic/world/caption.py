@@ -6,13 +6,14 @@ A Description holds facts about a picture; None stands for a fact that it leaves
     asked = ask(scene, generator)       # a random part of them
     text = say(asked, generator)        # "a small red sphere left of a blue cube at night"
     parse(text) == asked                # exactly
+    parse("two red cubes and a cone")   # three things, of which two are equal
     compare(asked, other)               # which of the facts asked for hold in another Description
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import permutations, product
+from itertools import groupby, permutations, product
 
 import torch
 
@@ -29,6 +30,14 @@ NOUNS = {
     "torus": ("torus", "ring"),
     None: ("object",),
 }
+PLURALS = {
+    **{shape: (f"{shape}s",) for shape in SHAPES},
+    "sphere": ("spheres", "balls"),
+    "cube": ("cubes", "boxes"),
+    "torus": ("tori", "toruses", "rings"),
+    None: ("objects",),
+}
+NUMBER_WORDS = {2: "two", 3: "three"}  # a scene has no more things
 SIZE_WORDS = {"small": ("small", "tiny"), "medium": ("medium",), "large": ("large", "big")}
 PLACE_WORDS = {"left": "on the left", "middle": "in the middle", "right": "on the right"}
 RELATIONS = {
@@ -43,6 +52,7 @@ SKY_WORDS = {
     "night": ("at night", "under a night sky"),
 }
 OPENINGS = ("", "a picture of ", "a rendering of ", "there is ")
+PLURAL_OPENINGS = ("", "a picture of ", "a rendering of ", "there are ")  # of "two red cubes"
 
 THING_FACTS = ("color", "shape", "size", "pattern", "place")
 FACTS = ("count", *THING_FACTS, "relation", "floor", "sky")
@@ -119,6 +129,11 @@ def caption(scene: Scene, generator: torch.Generator) -> str:
     return say(ask(scene, generator), generator)
 
 
+def counting_caption(scene: Scene, generator: torch.Generator) -> str:
+    """A random true caption that counts what is alike: "two red cubes and a blue cone"."""
+    return say(ask_counts(scene, generator), generator, plurals=True)
+
+
 def ask(scene: Scene, generator: torch.Generator) -> Description:
     """A random part of a scene's facts: all things, in any order, and some facts about them."""
     full = describe(scene)
@@ -143,6 +158,45 @@ def ask(scene: Scene, generator: torch.Generator) -> Description:
     return Description(tuple(things), tuple(relations), floor, sky)
 
 
+def ask_counts(scene: Scene, generator: torch.Generator) -> Description:
+    """A random part of a scene's facts: all things, and of those that are alike the same facts.
+
+    Alike are those of one shape, or of one shape and look. They follow one another, the groups of
+    them in any order. No place and no relation is asked for.
+    """
+    full = describe(scene)
+    by_look = chance(0.5, generator)
+    groups = {}
+    for thing in full.things:
+        look = (thing.color, thing.color2, thing.pattern) if by_look else None
+        groups.setdefault((thing.shape, look), []).append(thing)
+    groups = list(groups.values())
+
+    things = []
+    for k in torch.randperm(len(groups), generator=generator).tolist():
+        shared = _shared_facts(groups[k])
+        part = _part_of(shared, with_place=False, generator=generator)
+        things += [part] * len(groups[k])
+    floor = full.floor if chance(0.5, generator) else None
+    sky = full.sky if chance(0.4, generator) else None
+    return Description(tuple(things), (), floor, sky)
+
+
+def _shared_facts(things):
+    """A Thing with the facts that all of these have in common."""
+    def shared(*facts):
+        values = {tuple(getattr(thing, fact) for fact in facts) for thing in things}
+        return values.pop() if len(values) == 1 else (None,) * len(facts)
+
+    shape, = shared("shape")
+    size, = shared("size")
+    pattern, = shared("pattern")
+    color, color2, _ = shared("color", "color2", "pattern")
+    if color is None and pattern == "plain":
+        pattern = None  # only a colour says so, see _part_of
+    return Thing(color, color2, shape, size, pattern)
+
+
 def _part_of(thing, with_place, generator):
     """A random part of a thing's facts: nearly always its colours and its shape."""
     with_color = chance(0.95, generator)
@@ -159,8 +213,12 @@ def _part_of(thing, with_place, generator):
         place=thing.place if with_place else None)
 
 
-def say(description: Description, generator: torch.Generator) -> str:
-    """Words for a Description that `ask` made. `parse` gives the same Description back."""
+def say(description: Description, generator: torch.Generator, plurals: bool = False) -> str:
+    """Words for a Description that `ask` made. `parse` gives the same Description back.
+
+    plurals: of equal things that follow one another say "two cubes", not "a cube and a cube". A
+        Description with relations names each by itself.
+    """
 
     def choose(options):
         """The first option three times out of four, else one of the others."""
@@ -168,7 +226,10 @@ def say(description: Description, generator: torch.Generator) -> str:
             return options[0]
         return options[torch.randint(1, len(options), (), generator=generator).item()]
 
-    phrases = [noun_phrase(thing, choose) for thing in description.things]
+    groups = [(thing, 1) for thing in description.things]
+    if plurals and not description.relations:
+        groups = [(thing, len(list(equal))) for thing, equal in groupby(description.things)]
+    phrases = [noun_phrase(thing, choose, count) for thing, count in groups]
     words = [word for _, word, _ in description.relations]
     text = _sentence(phrases, words, choose)
     setting = []
@@ -176,16 +237,18 @@ def say(description: Description, generator: torch.Generator) -> str:
         setting.append(f"on a {description.floor} floor")
     if description.sky:
         setting.append(choose(SKY_WORDS[description.sky]))
-    text = choose(OPENINGS) + text
+    _, first_count = groups[0]
+    text = choose(OPENINGS if first_count == 1 else PLURAL_OPENINGS) + text
     if setting:
         text += choose((" ", ", ")) + " ".join(setting)
     return text
 
 
-def noun_phrase(thing: Thing, choose: Callable) -> str:
-    """For example "a large red and white striped ball on the left".
+def noun_phrase(thing: Thing, choose: Callable, count: int = 1) -> str:
+    """For example "a large red and white striped ball on the left", or "two red balls".
 
     choose: a function that picks one of several options that mean the same.
+    count: of equal things, of NUMBER_WORDS or 1.
     """
     words = []
     if thing.size:
@@ -196,11 +259,17 @@ def noun_phrase(thing: Thing, choose: Callable) -> str:
         words.append(" and ".join(colors[::direction]))
     if thing.pattern not in (None, "plain"):
         words.append(thing.pattern)
-    words.append(choose(NOUNS[thing.shape]))
+    nouns = NOUNS if count == 1 else PLURALS
+    words.append(choose(nouns[thing.shape]))
     if thing.place:
         words.append(PLACE_WORDS[thing.place])
-    article = "an" if words[0][0] in "aeiou" else "a"
-    return f"{article} {' '.join(words)}"
+    if count > 1:
+        words.insert(0, NUMBER_WORDS[count])
+    elif words[0][0] in "aeiou":
+        words.insert(0, "an")
+    else:
+        words.insert(0, "a")
+    return " ".join(words)
 
 
 def _sentence(phrases, words, choose):
@@ -230,6 +299,8 @@ def _meanings(words_of):
 
 
 _NOUN_MEANINGS = _meanings(NOUNS)
+_PLURAL_MEANINGS = _meanings(PLURALS)
+_NUMBERS = {word: number for number, word in NUMBER_WORDS.items()}
 _SIZE_MEANINGS = _meanings(SIZE_WORDS)
 _RELATION_MEANINGS = _meanings(RELATIONS)
 _SKY_MEANINGS = _meanings(SKY_WORDS)
@@ -241,14 +312,15 @@ def _any_of(words):
     return "|".join(words)
 
 
-# "a large red and white striped ball on the left": all but the article and the noun may be missing
+# "a large red and white striped ball on the left": all but the article and the noun may be missing.
+# In "two red balls" a number takes the place of the article, and the noun is a plural.
 _THING = re.compile(
-    r"\ban? "
+    rf"\b(?:an?|(?P<number>{_any_of(_NUMBERS)})) "
     rf"(?:(?P<size>{_any_of(_SIZE_MEANINGS)}) )?"
     rf"(?:(?P<color>{_any_of(COLORS)}) )?"
     rf"(?:and (?P<color2>{_any_of(COLORS)}) )?"
     rf"(?:(?P<pattern>{_any_of(_PATTERN_WORDS)}) )?"
-    rf"(?P<noun>{_any_of(_NOUN_MEANINGS)})\b"
+    rf"(?(number)(?P<plural>{_any_of(_PLURAL_MEANINGS)})|(?P<noun>{_any_of(_NOUN_MEANINGS)}))\b"
     rf"(?: (?P<place>{_any_of(_PLACE_MEANINGS)})\b)?")
 # " on a grey floor, at night": each part may be missing
 _SETTING = re.compile(
@@ -258,8 +330,9 @@ _SETTING = re.compile(
 
 def _all_words():
     phrases = [
-        "a an and between , floor on", *OPENINGS, *COLORS, *FLOORS, *_PATTERN_WORDS,
-        *_NOUN_MEANINGS, *_SIZE_MEANINGS, *_RELATION_MEANINGS, *_SKY_MEANINGS, *_PLACE_MEANINGS]
+        "a an and between , floor on", *OPENINGS, *PLURAL_OPENINGS, *COLORS, *FLOORS,
+        *_PATTERN_WORDS, *_NOUN_MEANINGS, *_PLURAL_MEANINGS, *_NUMBERS, *_SIZE_MEANINGS,
+        *_RELATION_MEANINGS, *_SKY_MEANINGS, *_PLACE_MEANINGS]
     return tuple(sorted(set(" ".join(phrases).split())))
 
 
@@ -271,6 +344,7 @@ def parse(text: str) -> Description:
 
     A text is an opening, noun phrases with joints between them, and a setting, for example
     "a picture of | a red cube | left of | a cone | , and | a ball | on a grey floor at night".
+    "two red cubes" are two equal things. Only single things can be related.
     """
     text = " ".join(text.lower().split())
     matches = list(_THING.finditer(text))
@@ -287,13 +361,19 @@ def parse(text: str) -> Description:
         words = ["right", "left"]
     else:
         words = [_relation_of(joint) for joint in joints]
-    known_openings = [known.strip() for known in OPENINGS]
+    known_openings = [known.strip() for known in OPENINGS + PLURAL_OPENINGS]
     if opening not in known_openings or None in words or setting is None:
         raise InputError(f"caption {text!r} has words outside the grammar; "
                          f"its words are {', '.join(WORDS)}")
-    things = tuple(_thing_of(match) for match in matches)
+    things = []
+    for match in matches:
+        things += [_thing_of(match)] * _NUMBERS.get(match["number"], 1)
     relations = tuple((0, word, i + 1) for i, word in enumerate(words) if word)
-    return Description(things, relations, setting["floor"], _SKY_MEANINGS.get(setting["sky"]))
+    if relations and len(things) > len(matches):
+        raise InputError(f"caption {text!r} relates several things at once; name each by itself, "
+                         "e.g. 'a cone left of a cube and left of a cube'")
+    sky = _SKY_MEANINGS.get(setting["sky"])
+    return Description(tuple(things), relations, setting["floor"], sky)
 
 
 def _relation_of(joint):
@@ -309,8 +389,12 @@ def _thing_of(match):
     pattern = match["pattern"]
     if pattern is None and color is not None:
         pattern = "plain"  # see _part_of
-    return Thing(color, color2, _NOUN_MEANINGS[match["noun"]], _SIZE_MEANINGS.get(match["size"]),
-                 pattern, _PLACE_MEANINGS.get(match["place"]))
+    if match["number"]:
+        shape = _PLURAL_MEANINGS[match["plural"]]
+    else:
+        shape = _NOUN_MEANINGS[match["noun"]]
+    return Thing(color, color2, shape, _SIZE_MEANINGS.get(match["size"]), pattern,
+                 _PLACE_MEANINGS.get(match["place"]))
 
 
 # ---- comparing facts ---------------------------------------------------------------------------

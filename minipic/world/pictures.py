@@ -15,7 +15,7 @@ training/photos.py's Photo):
     size_ids                [6] original height, width; crop top, left; target height, width
     caption(generator)      a caption; it may be another one each time
     draw(pictures)          many of them -> a list of images [3,H,W] in [-1,1]
-    together                how many to draw and to encode at once
+    encoded_at_once         how many to draw and to encode together
     repeats                 how many times it counts among others
 """
 
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from minipic.common import rng
-from minipic.world.caption import caption
+from minipic.world.caption import caption, counting_caption
 from minipic.world.scene import FLOORS, SKIES, Scene, render, sample_scene
 from minipic.world.tasks import TASKS
 
@@ -57,6 +57,7 @@ class Picture:
     drawn: tuple[int, int]  # (height, width) that each scene is drawn at
     size: tuple[int, int]  # (height, width) of the finished picture
     crop: tuple[int, int] = (0, 0)  # (top, left): where the finished picture is cut out
+    counted: bool = False  # whether captions count alike things: "two red cubes"
 
     encoded_at_once = CHUNK
     repeats = 1
@@ -69,7 +70,8 @@ class Picture:
 
     def caption(self, generator: torch.Generator) -> str:
         """A caption in random words. Those of two panels are joined by a bar."""
-        text = " | ".join(caption(scene, generator) for scene in self.scenes)
+        of_scene = counting_caption if self.counted else caption
+        text = " | ".join(of_scene(scene, generator) for scene in self.scenes)
         return f"two panels: {text}" if self.kind == "panels" else text
 
     @staticmethod
@@ -102,21 +104,35 @@ class Picture:
 
 def compose(seed: int | tuple, index: int) -> Picture:
     """Picture number `index` of an endless set."""
-    generator = rng(seed, "picture", index)
+    return _compose(seed, index, rng(seed, "picture", index))
+
+
+def compose_counted(seed: int | tuple, index: int, objects: int | None = None) -> Picture:
+    """Picture number `index` of another endless set: scenes with alike things, and counted ones.
+
+    objects: how many things a scene has, 2 or 3; None: at random.
+    """
+    generator = rng(seed, "counted picture", index)
+    picture = _compose(seed, index, generator, objects=objects, alike=True)
+    return replace(picture, counted=True)
+
+
+def _compose(seed, index, generator, **options):
+    """A picture of a kind that the generator draws. options: of sample_scene."""
     kind = _random_kind(generator)
     u = torch.rand(3, generator=generator).tolist()  # for what is random about its kind
     _, size = KINDS[kind]
     height, width = size
 
     if kind == "panels":
-        scene = sample_scene(seed, index)
+        scene = sample_scene(seed, index, **options)
         if u[0] < 0.5:
-            other = sample_scene(seed, -1 - index)
+            other = sample_scene(seed, -1 - index, **options)
         else:
             other = replace(scene, floor=_pick(FLOORS, u[1]), sky=_pick(SKIES, u[2]))
         return Picture(kind, (scene, other), PANEL_SIZE, size)
 
-    scene = sample_scene(seed, index, aspect=width / height)
+    scene = sample_scene(seed, index, aspect=width / height, **options)
     if kind == "crop":
         largest_top = UNCUT_SIZE[0] - height
         largest_left = UNCUT_SIZE[1] - width
@@ -148,9 +164,11 @@ class PairPicture:
     source: torch.Tensor  # [3,H,W], uint8
     image: torch.Tensor  # [3,H,W], uint8
     text: str  # the prompt
-    scene: Scene | None  # what `image` shows
-    mask: torch.Tensor | None  # [1,H,W], bool, of tasks that have one
+    scene: Scene | None = None  # what `image` shows
+    mask: torch.Tensor | None = None  # [1,H,W], bool, of tasks that have one
     references: torch.Tensor | None = None  # [V,3,H,W], uint8; `source` is the first of them
+    views: torch.Tensor | None = None  # [V,3,H,W], uint8; `source` and `image` are the first two
+    cameras: torch.Tensor | None = None  # of the views: world-to-camera [V,3,4]
 
     encoded_at_once = CHUNK
     repeats = 1
@@ -183,19 +201,17 @@ def task_pairs(task: str, seed: int | tuple, indices: Sequence[int],
     pairs = []
     for start in range(0, len(indices), CHUNK):
         batch = TASKS[task](seed, indices[start:start + CHUNK], size, **options)
-        sources = _to_uint8(batch.source)
-        images = _to_uint8(batch.target)
-        masks = batch.truth.get("mask", [None] * len(sources))
-        references = [None] * len(sources)
-        if "references" in batch.truth:
-            references = _to_uint8(batch.truth["references"])
-        rows = zip(
-            sources, images, batch.prompts, batch.scenes, masks, references, strict=True)
-        for row in rows:
+        columns = [to_uint8(batch.source), to_uint8(batch.target), batch.prompts, batch.scenes]
+        nothing = [None] * len(batch.prompts)
+        columns.append(batch.truth.get("mask", nothing))
+        for name in ("references", "pictures"):
+            columns.append(to_uint8(batch.truth[name]) if name in batch.truth else nothing)
+        columns.append(batch.truth.get("extrinsics", nothing))
+        for row in zip(*columns, strict=True):
             pairs.append(PairPicture(*row))
     return pairs
 
 
-def _to_uint8(images):
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Images in [-1,1] -> the same in 8 bits."""
     return ((images + 1) * 127.5).round().to(torch.uint8)

@@ -28,6 +28,19 @@ def orbit(azimuth: float, elevation: float, distance: float = DISTANCE) -> torch
     return look_at(distance * direction(azimuth, elevation)[None], torch.zeros(3))[0]
 
 
+def read_orbit(camera: str) -> torch.Tensor:
+    """`orbit` of a text, "AZIMUTH,ELEVATION" in degrees."""
+    try:
+        azimuth, elevation = map(float, camera.split(","))
+    except ValueError:
+        raise ParameterError(
+            "camera", f"{camera}: expected degrees of azimuth and elevation, such as 30,15"
+            ) from None
+    if not (abs(azimuth) < math.inf and abs(elevation) < 90):
+        raise ParameterError("camera", f"{camera}: the elevation must be between -90 and 90")
+    return orbit(azimuth, elevation)
+
+
 def pinhole(focal: float, size: tuple[int, int]) -> torch.Tensor:
     """The matrix [3,3] of a camera with the axis in the middle. focal: in sides of the picture."""
     height, width = size
@@ -122,3 +135,21 @@ def frames_of_cameras(
     """World-to-camera matrices [V,3,4] of square pictures -> ray frames [V,C,side,side]."""
     grid = side if channels >= 6 else side // 2
     return ray_frames(rays_of_cameras(cameras, pinhole(focal, (1, 1)), (1, 1), grid), channels)
+
+
+def cameras_of_frames(frames: torch.Tensor, focal: float) -> torch.Tensor:
+    """The inverse of `frames_of_cameras`: the first camera is the world's frame."""
+    rays = rays_of_frames(frames.float().cpu())
+    return cameras_of_rays(rays, pinhole(focal, (1, 1)), (1, 1))
+
+
+def describe_cameras(cameras: torch.Tensor) -> list[str]:
+    """A line for each camera [V,3,4]: where it is and where it looks, in the axes of rays."""
+    axes = RAY_AXES[:3, 0, 0]
+    lines = []
+    for number, (eye, toward) in enumerate(zip(eyes(cameras), cameras[:, 2, :3]), 1):
+        place = ", ".join(f"{value:.2f}" for value in (eye * axes).tolist())
+        looks = ", ".join(f"{value:.2f}" for value in (toward * axes).tolist())
+        lines.append(
+            f"view {number}: at ({place}), looks along ({looks}); left, up, forward of view 1")
+    return lines

@@ -165,7 +165,7 @@ MARGIN = 0.02  # between objects and the picture's border, in units of its heigh
 
 
 def sample_scene(seed: int | tuple, index: int, objects: int | None = None, held_out: str = "never",
-                 aspect: float = 1.0) -> Scene:
+                 aspect: float = 1.0, alike: bool = False) -> Scene:
     """Scene number `index` of an endless set, a pure function of its arguments.
 
     seed: a number, or a tuple of numbers and words.
@@ -173,6 +173,7 @@ def sample_scene(seed: int | tuple, index: int, objects: int | None = None, held
     held_out: whether pairs of HELD_OUT occur: "never"; "any": as often as others; "only": one in
         every scene at least.
     aspect: width / height of the picture to compose for.
+    alike: another endless set: two or three objects, of which at least two have one shape.
 
     All objects are well visible and apart. A single one stands clearly on the left, in the middle
     or on the right. Of any two, one is clearly left of the other or clearly in front of it.
@@ -182,19 +183,29 @@ def sample_scene(seed: int | tuple, index: int, objects: int | None = None, held
         raise ParameterError("objects", f"choose 1, 2, 3 or None, not {objects!r}")
     if held_out not in ("never", "any", "only"):
         raise ParameterError("held_out", f"choose never, any or only, not {held_out!r}")
-    generator = rng(seed, "scene", index)
+    if alike and objects == 1:
+        raise ParameterError("objects", "1 object is like no other; choose 2, 3 or None")
+    generator = rng(seed, "alike" if alike else "scene", index)
     choose = _Choices(generator)
     camera = Camera(choose.between(-30, 30), choose.between(22, 28), choose.between(6.4, 6.8))
     # the sun stands to the left or right of the camera, so that shadows are seen
     side = choose.one_of((-1, 1))
     light = Light(camera.azimuth + side * choose.between(25, 70), choose.between(40, 58))
-    count = objects or choose.one_of((1, 1, 1, 2, 2, 2, 2, 3, 3))
+    count = objects or choose.one_of((2, 3) if alike else (1, 1, 1, 2, 2, 2, 2, 3, 3))
     place = choose.one_of(tuple(PLACES))
+    if alike:  # chosen here, for of those chosen below, what fits well comes more often
+        shape = choose.one_of(SHAPES)
+        how_many = choose.one_of(range(2, count + 1))
+        shared = choose.one_of(("shape", "colors", "all"))
     while True:
         solids = []
         for k in range(count):
             from_held_out = held_out == "only" and k == 0
             solids.append(_random_object(choose, camera, from_held_out))
+        if alike:
+            if solids[0].shape != shape:
+                continue
+            solids = _make_alike(solids, how_many, shared)
         if held_out == "never" and any(is_held_out(o) for o in solids):
             continue
         placed = _place_at_random(solids, camera, aspect, place, generator)
@@ -245,6 +256,23 @@ def _random_object(choose, camera, from_held_out):
     # turned towards the camera, more or less: a torus shows its hole, a cube two of its faces
     turn = camera.azimuth + choose.between(-35, 35)
     return Object(shape, color, size, pattern, color2, turn=turn)
+
+
+def _make_alike(objects, how_many, shared):
+    """The objects, of which so many become like the first, itself included.
+
+    shared: "shape"; "colors": also the colours and the pattern; "all": also the size.
+    """
+    first = objects[0]
+    result = [first]
+    for o in objects[1:how_many]:
+        if shared == "shape":
+            result.append(replace(o, shape=first.shape))
+        elif shared == "colors" and first.pattern == "plain":
+            result.append(replace(first, size=o.size, turn=o.turn))
+        else:
+            result.append(replace(first, turn=o.turn))  # small ones have no pattern
+    return result + objects[how_many:]
 
 
 def _place_at_random(objects, camera, aspect, place, generator):
