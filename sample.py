@@ -413,6 +413,8 @@ def read_flags(argv: list[str]) -> tuple[Settings, ModuleType | None]:
     if adapter is None:
         adapter = saved_settings.get("adapter")
         check_is_here(picture, "adapter", adapter)
+    if adapter is None:
+        check_is_model(find_flag("--model", argv))
     paper, cls = None, Settings
     if adapter and isinstance(adapter, str):
         name, file = find_adapter(adapter)
@@ -431,6 +433,18 @@ def read_flags(argv: list[str]) -> tuple[Settings, ModuleType | None]:
         values = [f"{name}={value!r}" for name, value in taken.items() if value not in ((), False)]
         say(f"{picture}: takes {', '.join(values)}")
     return config, paper
+
+
+def check_is_model(path: str | None):
+    """ParameterError for an adapter. Whatever else is no model is told when it is loaded."""
+    if path is None:
+        return
+    try:
+        name, _ = find_adapter(path)
+    except InputError:
+        return
+    raise ParameterError(
+        "model", f"{path} is no model but was made by train.py {name}; give it with --adapter")
 
 
 def check_effects(given: dict, config: Settings):

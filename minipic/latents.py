@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from minipic.common import ParameterError, computes_bf16, rng
 from minipic.figures import image_grid
+from minipic.image import to_pictures
 from minipic.layers import lora
 from minipic.models.vae import VAE
 from minipic.pipeline import Pipeline
@@ -25,7 +26,8 @@ from minipic.training.settings import (
     DenoisingSettings, LoraSettings, PairSettings, PhotoSettings)
 from minipic.training.workers import in_order
 from minipic.weights import save_lora
-from minipic.world.pictures import CHUNK, PairPicture, Picture, compose, task_pairs
+from minipic.world.pictures import (
+    CHUNK, PairPicture, Picture, compose, compose_counted, task_pairs)
 
 SMALLEST_MULTIPLE = 16  # of the sides of training pictures
 CACHE_BYTES = 1 << 29   # of encoded captions
@@ -62,9 +64,17 @@ def read_photos(pipeline: Pipeline, config: PhotoSettings, folder: str) -> list[
     return read_folder(folder, resolution, multiple, skip_bad, config.caption, say)
 
 
-def world_pictures(config: DenoisingSettings, count: int) -> list[Picture]:
-    """Pictures 0 to count - 1 of the world."""
-    return list(in_order(partial(compose, config.seed), range(count), config.workers))
+def world_pictures(
+        config: DenoisingSettings, count: int, counted: bool = False) -> list[Picture]:
+    """Pictures 0 to count - 1 of the world, or of those whose captions count alike things."""
+    make = compose_counted if counted else compose
+    return list(in_order(partial(make, config.seed), range(count), config.workers))
+
+
+def picture_size(pipeline: Pipeline, config: DenoisingSettings) -> tuple[int, int]:
+    """(height, width) of the world's pictures to train on."""
+    width, height = pipeline.size
+    return config.resolution or height, config.resolution or width
 
 
 def world_pairs(
@@ -74,8 +84,7 @@ def world_pairs(
 
     options: of the task.
     """
-    width, height = pipeline.size
-    size = config.resolution or height, config.resolution or width
+    size = picture_size(pipeline, config)
 
     def make(start: int) -> list[PairPicture]:
         end = min(start + CHUNK, first + count)
@@ -85,6 +94,12 @@ def world_pairs(
     for some in in_order(make, range(first, first + count, CHUNK), config.workers):
         pairs += some
     return pairs
+
+
+def picture_of(picture: TrainingPicture) -> Image.Image:
+    """One training picture, as it is trained on."""
+    image, = picture.draw([picture])
+    return to_pictures(image[None])[0]
 
 
 # Latents and text ---------------------------------------------------------------------------------
@@ -160,7 +175,8 @@ class CaptionCache:
     """Captions encoded by frozen text encoders, each once: the first ones up to CACHE_BYTES.
 
     A text must not depend on what is in the cache, and the order in which numbers are added up
-    depends on how many texts are encoded together. So it is always the same number of them.
+    depends on how many texts are encoded together. So it is always the same number of them, if all
+    batches have the same size, as those of a run do.
     """
 
     def __init__(self, pipeline: Pipeline):
@@ -398,13 +414,24 @@ def export_trained(
     if not config.lora_rank:
         pipeline.save(folder, torch.float16)
         return
+    metadata = {"trained on": Path(config.model).name, "steps": str(config.steps)}
+    save_lora(
+        lora_states(pipeline), folder / "lora.safetensors", metadata,
+        kohya=config.lora_format == "kohya")
+
+
+def lora_states(
+        pipeline: Pipeline, dtype: torch.dtype | None = None) -> dict[str, dict[str, torch.Tensor]]:
+    """{part: its LoRAs as one}, as `save_lora` takes them, of the parts that have any.
+
+    dtype: of the tensors; None: as they are.
+    """
     states = {}
-    for name, network in {"unet": pipeline.unet, **pipeline.text_encoders}.items():
+    for part, network in {"unet": pipeline.unet, **pipeline.text_encoders}.items():
         state = lora.lora_state_dict(network)
         if state:
-            states[name] = state
-    metadata = {"trained on": Path(config.model).name, "steps": str(config.steps)}
-    save_lora(states, folder / "lora.safetensors", metadata, kohya=config.lora_format == "kohya")
+            states[part] = {name: tensor.to(dtype) for name, tensor in state.items()}
+    return states
 
 
 def sample_captions(pipeline: Pipeline, config: PhotoSettings, data: LatentData) -> Image.Image:

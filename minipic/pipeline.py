@@ -164,13 +164,12 @@ class Pipeline(Networks):
         schedule_path = path / "scheduler" / "scheduler_config.json"
         schedule = read_config(Schedule, source.scheduler, schedule_path)
 
-        # The networks have no numbers yet. `fetch` replaces each by one read from its `on_disk`.
-        empty_networks = {name: network.empty() for name, network in on_disk.items()}
-        pipeline = cls(**empty_networks, **tokenizers, schedule=schedule, index=source.index)
-        pipeline.on_disk = on_disk
-        if not lazy:
-            pipeline.fetch(*parts)
-            pipeline.on_disk = {}  # all are in memory, and stay there: `free` finds nothing to free
+        networks = {}
+        for name, network in on_disk.items():
+            networks[name] = network.empty() if lazy else network.load()
+        pipeline = cls(**networks, **tokenizers, schedule=schedule, index=source.index)
+        if lazy:  # empty networks have no numbers yet: `fetch` replaces each by one read from disk
+            pipeline.on_disk = on_disk
         for file, scale in loras:
             pipeline.add_lora(file, scale)
         return pipeline
@@ -596,6 +595,11 @@ class Pipeline(Networks):
         self.fetch("vae")
         mean, logvar = self.vae.encode(image[None].to(next(self.vae.parameters())))
         return mean.float(), (0.5 * logvar.float()).exp()
+
+    def mean_latent(self, image: torch.Tensor) -> torch.Tensor:
+        """image [3,H,W] in [-1,1] -> the mean of its latent, scaled [1,4,h,w]."""
+        mean, _ = self.encode_moments(image)
+        return self.vae.scale(mean).to(self.device)
 
     def encode_picture(self, image: torch.Tensor, noise: Callable) -> torch.Tensor:
         """image [3,H,W] in [-1,1] -> scaled latents, a sample for each row of noise()."""

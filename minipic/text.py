@@ -67,6 +67,22 @@ def encode_prompts(
     return torch.cat(states, dim=-1), pooled
 
 
+def encode_unpadded(
+        prompts: list[str], encoders: list[tuple["Tokenizer", torch.nn.Module]],
+        sdxl: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `encode_prompts`, cut after the longest text -> states [B,M,D], is a token real [B,M]."""
+    states = []
+    for tokenizer, encoder in encoders:
+        ids = tokenizer(prompts)
+        state, _ = text_states(ids, encoder, sdxl)
+        states.append(state)
+    ends = (ids == tokenizer.end).int().argmax(dim=1)  # the first END of each
+    longest = int(ends.max()) + 1
+    mask = torch.arange(longest) <= ends[:, None]
+    states = torch.cat(states, dim=-1)[:, :longest]
+    return states, mask.to(states.device)
+
+
 def encode_weighted(
         prompts: list[str], encoders: list[tuple["Tokenizer", torch.nn.Module]],
         sdxl: bool = True) -> list[tuple[torch.Tensor, torch.Tensor | None]]:

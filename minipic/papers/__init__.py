@@ -49,10 +49,14 @@ A new paper is one new file here and its name in PAPERS.
 """
 
 import importlib
+import json
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from minipic.common import ParameterError, find_file
+from minipic.common import InputError, ParameterError, find_file
+from minipic.weights.configs import config_from_json
 from minipic.weights.files import read_header
 
 PAPERS = {  # name: module
@@ -85,3 +89,22 @@ def find_adapter(path: str | Path) -> tuple[str, Path]:
     raise ParameterError(
         "adapter", f"{path} was made by none of the papers here ({', '.join(PAPERS)}); give an "
         "ordinary LoRA as lora, a ControlNet as controlnet")
+
+
+def metadata_of(paper: str, trained_as: Any) -> dict[str, str]:
+    """The metadata of a file that a paper saves. trained_as: a dataclass, which drawing needs."""
+    return {"paper": paper, paper: json.dumps(asdict(trained_as))}
+
+
+def from_metadata(cls: type, paper: str, path: Path, choices: dict | None = None) -> Any:
+    """The `trained_as` of `metadata_of`, of the class `cls`. InputError where it is damaged.
+
+    choices: {field: the values that it can have}, of fields that have choices.
+    """
+    try:
+        _, metadata = read_header(path)
+        return config_from_json(cls, dict(json.loads(metadata[paper])), choices or {}, path)
+    except (KeyError, TypeError, ValueError):
+        raise InputError(
+            f"{path}: its metadata does not say how it was trained; it is damaged or was not made "
+            f"by train.py {paper}") from None

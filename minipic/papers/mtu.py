@@ -18,10 +18,11 @@ Inferred, because the paper leaves it open:
 
 Measured (RESULTS.md; three seeds, 200 steps): of captions with two objects .65 are drawn wholly
 right at scale N and .48 at the paper's scale 1, with four experts; .68 with one expert, and before.
+SDXL at its full size, pictures of 128x128, all in bf16: a training step of two tasks 15.2 GB and
+31 s of one core, a drawing 9.4 GB.
 """
 
 import copy
-import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,21 +37,19 @@ from torch.utils.checkpoint import checkpoint
 
 from minipic.common import CheckedConfig, InputError, ParameterError
 from minipic.figures import image_grid
-from minipic.image import to_pictures
 from minipic.kernels import casting
 from minipic.latents import (
-    CaptionCache, LatentData, SourceData, TrainingPicture, denoising_loss, load_pipeline,
-    read_photos, world_pairs)
+    CaptionCache, LatentData, SourceData, denoising_loss, load_pipeline, picture_of, read_photos,
+    world_pairs)
 from minipic.layers.moe import (
     TASK_LAYERS, MoE, PerTask, select, task_state_dict, upcycle)
 from minipic.models.unet import UNet, UNetConfig
+from minipic.papers import from_metadata, metadata_of
 from minipic.pipeline import DrawSettings, Pipeline
 from minipic.training.flags import option
-from minipic.training.photos import match_by_stem
+from minipic.training.photos import read_sources
 from minipic.training.settings import DATA, HOW, PairSettings, PhotoSettings
 from minipic.weights import read_weights, save_weights
-from minipic.weights.configs import config_from_json
-from minipic.weights.files import read_header
 from minipic.weights.layouts import build_empty
 from minipic.weights.networks import TEXT_ENCODERS
 from minipic.world.pictures import compose
@@ -195,8 +194,7 @@ def task_pictures(
         wanted = read_photos(pipeline, config, str(folder / "target"))
         given = []
         if has_source:
-            paths = match_by_stem(folder / "source", wanted)
-            given = [replace(photo, path=path) for photo, path in zip(wanted, paths)]
+            given = [sources[0] for sources in read_sources(folder, wanted, most=1)]
         return wanted + wanted[:1], given + given[:1]
     if not has_source:
         return [compose(config.seed, i) for i in range(config.scenes + 1)], []
@@ -246,14 +244,9 @@ def sample(pipeline: Pipeline, config: Settings, data: TasksData) -> Image.Image
     return image_grid(pictures, labels, columns=3)
 
 
-def picture_of(training_picture: TrainingPicture) -> Image.Image:
-    image, = type(training_picture).draw([training_picture])
-    return to_pictures(image[None])[0]
-
-
 def export(pipeline: Pipeline, folder: Path, config: Settings, data: TasksData):
     """The changed weights, in a file that says how to draw with them; TASK.png to try each."""
-    metadata = {"paper": "mtu", "mtu": json.dumps(asdict(data.trained_as))}
+    metadata = metadata_of("mtu", data.trained_as)
     tensors = {}
     for name, tensor in task_state_dict(pipeline.unet).items():
         tensors[name] = tensor.half()
@@ -341,7 +334,7 @@ def export_task(pipeline: Pipeline, adapter: Adapter, task: str, folder: str | P
 
 def load_adapter(pipeline: Pipeline, path: Path) -> Adapter:
     """Read a file; the pipeline stays as it is. InputError where the file does not fit it."""
-    trained_as = read_trained_as(path)
+    trained_as = from_metadata(TrainedAs, "mtu", path)
     tensors = read_weights(path)
     try:
         unet = build_empty(partial(upcycled, trained_as=trained_as), pipeline.unet.config)
@@ -356,17 +349,6 @@ def load_adapter(pipeline: Pipeline, path: Path) -> Adapter:
         raise InputError(f"{path} does not fit this model (see {misfits[0]!r}); give the one that "
                          "it was trained with as model")
     return Adapter(trained_as, tensors)
-
-
-def read_trained_as(path: Path) -> TrainedAs:
-    """How the weights of a file were trained. InputError where its metadata is damaged."""
-    try:
-        _, metadata = read_header(path)
-        return config_from_json(TrainedAs, dict(json.loads(metadata["mtu"])), {}, path)
-    except (KeyError, TypeError, ValueError):
-        raise InputError(
-            f"{path}: its metadata does not say how it was trained; it is damaged or was not made "
-            "by train.py mtu") from None
 
 
 def prompt_for(adapter: Adapter, prompt: str, task: str | None = None) -> str:

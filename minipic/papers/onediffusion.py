@@ -17,15 +17,16 @@ Inferred, or our choice:
    those of 4 channels one for each patch of 2x2, which has 16 numbers too.
 5. The code has no way from rays back to cameras in use. Here: least squares, and an SVD.
 
-Measured at tiny scale: 4.9 M weights, 260 s of one core, depth both ways alone: sampled depth has
-an AbsRel of 0.135 (0.202 from another picture). A step of the released size, two frames of
-256x256 in bf16 on a CPU: 14 s and 6.0 GB. How to use its weights: diffusion/frames.py.
+Measured (RESULTS.md; 5.0 M weights, all tasks, one seed): after 8,000 steps, depth read from a
+picture has an AbsRel of .44, because many of the maps are of another task: the text decides that at
+levels near 1, and logit-normal levels are rarely there. After 4,000 more steps with shift 3, the
+paper's, AbsRel is .08 (.20 from another's picture), normals are off by 12 degrees, edges have an F1
+of .64. A step of the released size, two frames of 256x256 in bf16 on a CPU: 14 s and 6.0 GB. How to
+use its weights: diffusion/frames.py.
 """
 
-import json
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,51 +37,30 @@ from torch import nn
 from minipic.common import CheckedConfig, InputError, ParameterError, rng
 from minipic.diffusion.frames import (
     SCHEDULE, dynamic_shift, flow_grid, guided, sample_frames)
-from minipic.draw_settings import DrawSettings, nth_seed
+from minipic.draw_settings import DrawSettings
 from minipic.figures import image_grid
 from minipic.image import resize_and_crop, to_pictures, to_rgb, to_tensor
-from minipic.latents import encode_pictures, load_pipeline, read_photos
+from minipic.latents import load_pipeline
 from minipic.layers import lora
 from minipic.models.nextdit import NextDiT, NextDiTConfig
-from minipic.pipeline import Pipeline
-from minipic.text import text_states
+from minipic.papers import from_metadata, metadata_of
+from minipic.papers.sequences import (
+    POSE, WORLD_TASKS, Example, encode_frames, examples_of_folder, examples_of_world, given_frames,
+    names_of_tasks, ways_to_give)
+from minipic.pipeline import Pipeline, SeededNoise
+from minipic.text import encode_unpadded
 from minipic.training.flags import option
-from minipic.training.photos import Photo, is_hidden, match_by_stem
-from minipic.training.posed import read_scene
 from minipic.training.settings import DATA, HOW, LORA, LOSS, PairSettings, PhotoSettings
-from minipic.weights import read_weights, save_weights
-from minipic.weights.configs import config_from_json, config_to_json
-from minipic.weights.files import read_header, write_json
+from minipic.weights import load_lora, save_weights
+from minipic.weights.configs import config_to_json
+from minipic.weights.files import write_json
 from minipic.weights.layouts import load_part, open_part
 from minipic.weights.networks import TEXT_ENCODERS
-from minipic.world import tasks as world
-from minipic.world.camera import FOCAL, eyes
-from minipic.world.pictures import CHUNK, PairPicture
+from minipic.world.camera import FOCAL
 from minipic.world.rays import (
-    RAY_AXES, at_distance, cameras_of_rays, frames_of_cameras, orbit, pinhole, rays_of_frames)
+    cameras_of_frames, describe_cameras, frames_of_cameras, orbit, rays_of_frames, read_orbit)
 
-# {task, whose token is [[task]]: the task of the world that it is trained on}
-WORLD_TASKS = {
-    "text2image": "depth",  # its pictures, without their maps
-    "depth2image": "depth",
-    "normals2image": "normals",
-    "semanticmap2image": "segmentation",
-    "boundingbox2image": "boxes",
-    "canny2image": "edges",
-    "deblurring": "blur",
-    "super_resolution": "small",
-    "image_inpainting": "masked",
-    "image_editing": "edit",
-    "multiview": "view",
-    "subject_driven": "subject",
-}
-# Arguments of the world's tasks, for samples of different numbers of frames in equal shares.
-VARIANTS = {
-    "multiview": ({"views": 2}, {"views": 3}),
-    "subject_driven": ({"references": 1}, {"references": 2}, {"references": 3}),
-}
 UNCONDITIONAL = True  # a drawing needs no prompt
-POSE = "camera_pose"  # multiview, whose rays are drawn and read
 HEAD_DIM = 48
 
 
@@ -149,33 +129,13 @@ class TrainedAs(CheckedConfig):
     start: str = ""  # the folder of the network that a LoRA is for
 
 
-@dataclass(frozen=True)
-class Example:
-    """One sample. Of views, `pictures` has no rays, and there are cameras [V,3,4]."""
-
-    task: str
-    pictures: tuple[Photo | PairPicture, ...]
-    text: str
-    cameras: torch.Tensor | None = None
-    focal: float = FOCAL
-
-
 # Text ---------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def encode(pipeline: Pipeline, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """B texts -> states [B,M,D] of the pipeline's encoders, and which tokens are real [B,M]."""
     pipeline.fetch(*TEXT_ENCODERS)
-    states = []
-    for tokenizer, encoder in pipeline.tokenizers_and_encoders:
-        ids = tokenizer(texts)
-        state, _ = text_states(ids, encoder, pipeline.is_sdxl)
-        states.append(state)
-    ends = (ids == tokenizer.end).int().argmax(dim=1)  # the first END of each
-    longest = int(ends.max()) + 1
-    mask = torch.arange(longest) <= ends[:, None]
-    states = torch.cat(states, dim=-1)[:, :longest]
-    return states, mask.to(states.device)
+    return encode_unpadded(texts, pipeline.tokenizers_and_encoders, pipeline.is_sdxl)
 
 
 def full_text(task: str, text: str, task_token: bool = True) -> str:
@@ -234,99 +194,6 @@ def data(pipeline: Pipeline, config: Settings) -> "FramesData":
             examples += examples_of_world(task, pipeline, config, start, end - start)
             shown += examples_of_world(task, pipeline, config, config.scenes, 1)  # unseen
     return FramesData(pipeline, examples, shown, config)
-
-
-def examples_of_world(
-        task: str, pipeline: Pipeline, config: Settings, first: int, count: int) -> list[Example]:
-    """Samples first to first + count - 1 of a task, of each number of frames about as many."""
-    width, height = pipeline.size
-    size = config.resolution or height, config.resolution or width
-    variants = VARIANTS.get(task, ({},))
-    examples = []
-    for number, options in enumerate(variants):
-        own = range(first + number, first + count, len(variants))
-        for start in range(0, len(own), CHUNK):
-            batch = world.TASKS[WORLD_TASKS[task]](
-                config.seed, own[start:start + CHUNK], size, **options)
-            examples += examples_of_batch(task, batch)
-    return examples
-
-
-def examples_of_batch(task: str, batch: world.TaskBatch) -> list[Example]:
-    """The samples of one of the world's batches; the wanted picture comes first."""
-    cameras = [None] * len(batch.prompts)
-    texts = batch.prompts
-    if task == "multiview":
-        frames = batch.truth["pictures"]
-        cameras = [at_distance(views) for views in batch.truth["extrinsics"]]
-        texts = [""] * len(frames)  # the world's text would tell how the camera moves
-    elif task == "subject_driven":
-        frames = torch.cat([batch.target[:, None], batch.truth["references"]], dim=1)
-    elif task == "text2image":
-        frames = batch.target[:, None]
-    else:
-        frames = torch.stack([batch.target, batch.source], dim=1)
-    frames = ((frames + 1) * 127.5).round().to(torch.uint8)
-    examples = []
-    for images, text, views in zip(frames, texts, cameras):
-        pictures = [PairPicture(image, image, text, None, None) for image in images]
-        examples.append(Example(task, tuple(pictures), text, views))
-    return examples
-
-
-def examples_of_folder(pipeline: Pipeline, config: Settings) -> list[Example]:
-    """The samples of --data: a folder for each task, matched by the pictures' names."""
-    root = Path(config.data)
-    if not root.is_dir():
-        raise ParameterError("data", f"{root}: no such folder")
-    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not is_hidden(path)]
-    examples = []
-    for folder in folders:
-        if folder.name == "multiview":
-            examples += examples_of_scenes(folder, pipeline, config)
-            continue
-        if not (folder / "target").is_dir():
-            raise InputError(
-                f"{folder} has no target/; put a task's wanted pictures there, and what is given "
-                "into source/")
-        photos = read_photos(pipeline, config, str(folder / "target"))
-        given = []
-        for name in ("source", "source2", "source3", "source4"):
-            if (folder / name).is_dir():
-                given.append(match_by_stem(folder / name, photos))
-        if not given and folder.name != "text2image":
-            raise InputError(f"{folder} has no source/; only the task text2image needs none")
-        for i, photo in enumerate(photos):
-            pictures = [photo]
-            pictures += [replace(photo, path=paths[i]) for paths in given]
-            examples += [Example(folder.name, tuple(pictures), photo.text)] * photo.repeats
-    if not examples:
-        raise InputError(f"{root} has no folder of a task, such as {root / 'depth2image'}")
-    return examples
-
-
-def examples_of_scenes(folder: Path, pipeline: Pipeline, config: Settings) -> list[Example]:
-    """For each view of each scene with a transforms.json one sample, with one or two others."""
-    files = sorted(folder.glob("*/transforms.json"))
-    if not files:
-        raise InputError(f"{folder} has no scene, such as {folder / 'kitchen/transforms.json'}")
-    examples = []
-    for file in files:
-        scene = read_scene(file, config.resolution or pipeline.size[0])
-        try:
-            cameras = at_distance(scene.cameras)
-        except ParameterError:
-            raise InputError(f"{file}: its cameras look at no common point") from None
-        count = len(scene.photos)
-        for first in range(count):
-            generator = rng(config.seed, "views", file.parent.name, first)
-            order = torch.randperm(count, generator=generator).tolist()
-            others = [view for view in order if view != first][:1 + first % 2]
-            chosen = [first, *others]
-            photos = tuple(scene.photos[view] for view in chosen)
-            examples.append(
-                Example("multiview", photos, photos[0].text, cameras[chosen], scene.focal))
-    return examples
 
 
 class FramesData:
@@ -393,50 +260,6 @@ class FramesData:
                 "text": self.texts[text]}
 
 
-@torch.no_grad()
-def encode_frames(
-        pipeline: Pipeline, examples: list[Example],
-        workers: int | None = 0) -> list[torch.Tensor]:
-    """The frames [F,C,h,w] of each example, in 16 bits: a view is a picture and then its rays."""
-    pictures = [picture for example in examples for picture in example.pictures]
-    latents = iter(encode_pictures(pipeline.vae, pictures, workers))
-    encoded = []
-    for example in examples:
-        frames = torch.stack([next(latents)[0] for _ in example.pictures])  # their means
-        if example.cameras is not None:
-            channels, side = frames.shape[1:3]
-            rays = frames_of_cameras(example.cameras, example.focal, channels, side)
-            frames = torch.stack([frames, rays.half()], dim=1).flatten(0, 1)
-        encoded.append(frames)
-    return encoded
-
-
-def is_map(task: str) -> bool:
-    """Whether a task draws pictures from maps, so that it can be done the other way round."""
-    return task.endswith("2image") and task != "text2image"
-
-
-def ways_to_give(task: str, frames: int) -> list[list[bool]]:
-    """Which frames are given in drawing, in all the ways that a task is done."""
-    if task == "multiview":
-        views = frames // 2
-        ways = []
-        for known in range(1, views + 1):
-            pictures = [view < known for view in range(views)]
-            for first_camera_only in (False, True):
-                rays = [view == 0 or not first_camera_only for view in range(views)]
-                both = [given for pair in zip(pictures, rays) for given in pair]
-                if not all(both):
-                    ways.append(both)
-        return ways
-    if frames == 1:
-        return []
-    ways = [[False] + [True] * (frames - 1)]
-    if is_map(task):
-        ways.append([True] + [False] * (frames - 1))  # the map from the picture
-    return ways
-
-
 def draw_timesteps(frames: int, config: Settings, generator: torch.Generator) -> torch.Tensor:
     """A timestep for each frame [F]: logit-normal, or even if config.logit_normal is 0."""
     if config.logit_normal:
@@ -483,17 +306,13 @@ def sample(pipeline: Pipeline, config: Settings, data: FramesData) -> Image.Imag
 
 def frame_picture(pipeline: Pipeline, frames: torch.Tensor) -> Image.Image:
     """Frames [F,C,h,w] side by side."""
-    pictures = pipeline.decode(frames.to(pipeline.device))
-    height = pictures[0].height
-    row = Image.new("RGB", (sum(picture.width for picture in pictures), height))
-    for i, picture in enumerate(pictures):
-        row.paste(picture, (i * picture.width, 0))
-    return row
+    images = [to_tensor(picture) for picture in pipeline.decode(frames.to(pipeline.device))]
+    return to_pictures(torch.cat(images, dim=2)[None])[0]
 
 
 def export(pipeline: Pipeline, folder: Path, config: Settings, data: FramesData):
     """The network in a folder, or the LoRA in a file, which says how to draw with it."""
-    metadata = {"paper": "onediffusion", "onediffusion": json.dumps(asdict(data.trained_as))}
+    metadata = metadata_of("onediffusion", data.trained_as)
     if config.lora_rank:
         state = lora.lora_state_dict(pipeline.nextdit)
         save_weights(state, folder / "lora.safetensors", metadata)
@@ -529,54 +348,26 @@ class Adapter:
 
 def load_adapter(pipeline: Pipeline, path: Path) -> Adapter:
     """The network of a folder, or of the folder that a LoRA is for; the pipeline stays as it is."""
-    trained_as = read_trained_as(path)
-    on_disk = pipeline.on_disk.get("unet")
-    dtype = on_disk.dtype if on_disk else next(pipeline.unet.parameters()).dtype
-    if path.name != "lora.safetensors":
-        return Adapter(load_network(pipeline, path.parent, dtype).eval(), trained_as)
-    network = load_network(pipeline, Path(trained_as.start), dtype)
-    tensors = read_weights(path)
-    for name in tensors:
-        if name.endswith(".lora_A.weight"):
-            layer = name.removesuffix(".lora_A.weight")
-            parts = [tensors[f"{layer}.{part}"] for part in ("lora_A.weight", "lora_B.weight")]
-            a, b = (part.to(pipeline.device, dtype) for part in parts)
-            lora.add(network, layer, str(path), a, b, tensors[f"{layer}.alpha"].item())
+    trained_as = from_metadata(TrainedAs, "onediffusion", path)
+    is_lora = path.name == "lora.safetensors"
+    folder = Path(trained_as.start) if is_lora else path.parent
+    network = load_network(pipeline, folder, pipeline.dtype)
+    if is_lora:
+        layers = load_lora(path, {"unet": network})["unet"]
+        for layer, (a, b, alpha) in layers.items():
+            lora.add(
+                network, layer, str(path), a.to(pipeline.dtype), b.to(pipeline.dtype), alpha)
     return Adapter(network.eval(), trained_as)
-
-
-def read_trained_as(path: Path) -> TrainedAs:
-    """How the network of a file was trained. InputError where its metadata is damaged."""
-    try:
-        _, metadata = read_header(path)
-        values = dict(json.loads(metadata["onediffusion"]))
-        return config_from_json(TrainedAs, values, {}, path)
-    except (KeyError, TypeError, ValueError):
-        raise InputError(
-            f"{path}: its metadata does not say how it was trained; it is damaged or was not made "
-            "by train.py onediffusion") from None
-
-
-def names_of_tasks(trained_as: TrainedAs) -> dict[str, str]:
-    """{what can be asked for: the task as it was trained}, such as image2depth: depth2image."""
-    names = {}
-    for task in trained_as.tasks:
-        names[task] = task
-        if is_map(task):
-            names["image2" + task.removesuffix("2image")] = task
-        if task == "multiview":
-            names[POSE] = task
-    return names
 
 
 def tasks(path: Path) -> tuple[str, ...]:
     """What the network of a file can be asked for."""
-    return tuple(names_of_tasks(read_trained_as(path)))
+    return tuple(names_of_tasks(from_metadata(TrainedAs, "onediffusion", path).tasks))
 
 
 def trained_task(trained_as: TrainedAs, task: str | None) -> str:
     """The task as it was trained, the only one if None. ParameterError for what is not known."""
-    names = names_of_tasks(trained_as)
+    names = names_of_tasks(trained_as.tasks)
     if task is None and len(trained_as.tasks) == 1:
         return trained_as.tasks[0]
     if task not in names:
@@ -591,64 +382,18 @@ def prompt_for(adapter: Adapter, prompt: str, task: str | None = None) -> str:
     return full_text(name, prompt, adapter.trained_as.task_token)
 
 
-def read_cameras(options: DrawOptions) -> list[torch.Tensor]:
-    """The world-to-camera matrices [3,4] of the option `camera`."""
-    cameras = []
-    for text in options.camera:
-        try:
-            azimuth, elevation = map(float, text.split(","))
-        except ValueError:
-            raise ParameterError(
-                "camera", f"{text}: expected degrees of azimuth and elevation, such as 30,15"
-                ) from None
-        if not (abs(azimuth) < math.inf and abs(elevation) < 90):
-            raise ParameterError("camera", f"{text}: the elevation must be between -90 and 90")
-        cameras.append(orbit(azimuth, elevation))
-    return cameras
-
-
-def frames_to_draw(
-        adapter: Adapter, sources: int, task: str | None, options: DrawOptions) -> list[bool]:
-    """Which frames of a drawing are drawn. ParameterError for sources that do not fit the task."""
-    name = trained_task(adapter.trained_as, task)
-    cameras = read_cameras(options)
-    if cameras and (name != "multiview" or task == POSE):
-        raise ParameterError("camera", "only multiview follows cameras; leave it out")
-    if task == POSE:
-        if sources < 2:
-            raise ParameterError("source", f"camera_pose needs two pictures or more, not {sources}")
-        return [False, False] + [False, True] * (sources - 1)
-    if name == "multiview":
-        views = len(cameras) or max(options.views, sources)
-        if not 0 <= sources <= views or sources == views and cameras:
-            raise ParameterError("source", f"{sources} pictures leave no view of {views} to draw")
-        rays_known = [bool(cameras) or view == 0 for view in range(views)]
-        return [is_drawn for view in range(views)
-                for is_drawn in (view >= sources, not rays_known[view])]
-    if name == "text2image":
-        if sources:
-            raise ParameterError("source", "text2image is given no picture; leave it out")
-        return [True]
-    if is_map(name):
-        if sources > 1:
-            raise ParameterError("source", f"{name} is given one picture or none, not {sources}")
-        from_picture = task is not None and task.startswith("image2")
-        return [True, True] if not sources else [not from_picture, from_picture]
-    if not sources:
-        raise ParameterError("source", f"{name} needs a picture")
-    return [True] + [False] * sources
-
-
 def plan(
         pipeline: Pipeline, adapter: Adapter, settings: DrawSettings, sources: list[Image.Image],
         task: str | None = None, options: DrawOptions | None = None,
         ) -> tuple[DrawSettings, tuple[int, int]]:
     """Check what is asked for. settings.size: of each frame, as trained if None."""
     options = options or DrawOptions()
-    is_drawn = frames_to_draw(adapter, len(sources), task, options)
-    for name in ("refiner", "control", "edit", "image", "mask"):
-        if getattr(settings, name):
-            raise ParameterError(name, "does not go with this adapter; give pictures as source")
+    name = trained_task(adapter.trained_as, task)
+    cameras = [read_orbit(camera) for camera in options.camera]
+    given = given_frames(name, task, len(sources), len(cameras), options.views)
+    for field in ("refiner", "control", "edit", "image", "mask"):
+        if getattr(settings, field):
+            raise ParameterError(field, "does not go with this adapter; give pictures as source")
     if settings.sampler not in (None, "flow_euler"):
         raise ParameterError("sampler", "this adapter draws with flow_euler; leave it out")
     if options.shift < 0:
@@ -659,9 +404,9 @@ def plan(
     multiple = 2 * pipeline.vae.config.factor
     if width % multiple or height % multiple:
         raise ParameterError("size", f"{width}x{height}: must be multiples of {multiple}")
-    if trained_task(adapter.trained_as, task) == "multiview" and width != height:
+    if name == "multiview" and width != height:
         raise ParameterError("size", f"{width}x{height}: views must be square")
-    return replace(settings, sampler="flow_euler"), (width * len(is_drawn), height)
+    return replace(settings, sampler="flow_euler"), (width * len(given), height)
 
 
 @torch.no_grad()
@@ -676,21 +421,22 @@ def draw(
     options = options or DrawOptions()
     settings, _ = plan(pipeline, adapter, settings, sources, task, options)
     name = trained_task(adapter.trained_as, task)
-    is_drawn = torch.tensor(frames_to_draw(adapter, len(sources), task, options))
+    cameras = [read_orbit(camera) for camera in options.camera]
+    given = given_frames(name, task, len(sources), len(cameras), options.views)
+    is_drawn = ~torch.tensor(given)
     width, height = settings.size
     factor = pipeline.vae.config.factor
     channels = pipeline.vae.config.latent_channels
     frames = torch.zeros(len(is_drawn), channels, height // factor, width // factor)
 
-    # Pictures come in their order into the places of pictures that are given; then known rays.
-    places = range(0, len(is_drawn), 2) if name == "multiview" else range(len(is_drawn))
-    places = [i for i in places if not is_drawn[i]]
+    # The sources fill the places of given pictures in their order. Views have rays between them.
+    step = 2 if name == "multiview" else 1
+    places = [i for i in range(0, len(is_drawn), step) if not is_drawn[i]]
     for place, source in zip(places, sources):
         image = to_tensor(resize_and_crop(to_rgb(source), settings.size))
-        mean, _ = pipeline.encode_moments(image)
-        frames[place] = pipeline.vae.scale(mean)[0]
+        frames[place] = pipeline.mean_latent(image)[0]
     if name == "multiview":
-        known = torch.stack(read_cameras(options) or [orbit(0, 0)])
+        known = torch.stack(cameras or [orbit(0, 0)])
         rays = frames_of_cameras(known, adapter.trained_as.focal, channels, height // factor)
         frames[1:2 * len(rays):2] = rays
 
@@ -716,12 +462,8 @@ def draw_frames(
     mask = mask.to(device)
     predict = guided(network, text[1:], mask[1:], text[:1], mask[:1], settings.guidance)
 
-    noise = []
-    for i in range(settings.n):
-        generator = torch.Generator().manual_seed(nth_seed(settings.seed, i))
-        noise.append(torch.randn(frames.shape, generator=generator))
-    chosen = is_drawn[:, None, None, None]
-    x = torch.where(chosen, torch.stack(noise), frames.float()).to(device)
+    noise = SeededNoise(settings.seed, settings.n, frames.shape, device)()
+    x = torch.where(is_drawn.to(device)[:, None, None, None], noise, frames.float().to(device))
 
     tokens = int(is_drawn.sum()) * frames[0, 0].numel() // network.config.patch_size[1] ** 2
     grid = flow_grid(settings.steps, options.shift or dynamic_shift(tokens))
@@ -735,15 +477,9 @@ def draw_frames(
 def report_cameras(
         frames: torch.Tensor, trained_as: TrainedAs, size: tuple[int, int]) -> Image.Image:
     """Print the cameras of ray frames [V,C,h,w]; their directions as colours."""
+    for line in describe_cameras(cameras_of_frames(frames, trained_as.focal)):
+        print(line)
     rays = rays_of_frames(frames.float().cpu())
-    cameras = cameras_of_rays(rays, pinhole(trained_as.focal, (1, 1)), (1, 1))
-    axes = RAY_AXES[:3, 0, 0]
-    centres = eyes(cameras) * axes
-    directions = cameras[:, 2, :3] * axes
-    for number, (centre, direction) in enumerate(zip(centres, directions), 1):
-        place = ", ".join(f"{value:.2f}" for value in centre.tolist())
-        toward = ", ".join(f"{value:.2f}" for value in direction.tolist())
-        print(f"view {number}: at ({place}), looks along ({toward}); left, up, forward of view 1")
     width, height = size
     maps = F.interpolate(rays[:, :3], size=(height, width))
     return to_pictures(torch.cat(list(maps), dim=2)[None])[0]

@@ -21,9 +21,8 @@ another picture's: the tiny base's own panels are unrelated, and its attention d
 `train.py t2i --panels` makes a base that knows aligned panels.
 """
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,24 +30,24 @@ from PIL import Image
 from torch import nn
 
 from minipic.common import CheckedConfig, InputError, ParameterError, rng
+from minipic.diffusion.objectives import Objective
 from minipic.draw_settings import nth_seed, warn_if_cut
 from minipic.figures import image_grid
 from minipic.image import (
-    mask_to_tensor, open_mask, open_picture, resize_and_crop, to_pictures, to_rgb, to_tensor)
+    mask_to_tensor, open_mask, resize_and_crop, to_pictures, to_rgb, to_tensor)
 from minipic.latents import (
-    LatentData, denoising_loss, encode_pictures, load_pipeline, read_photos, world_pairs)
-from minipic.diffusion.objectives import Objective
+    LatentData, denoising_loss, encode_pictures, load_pipeline, lora_states, picture_of,
+    read_photos, world_pairs)
 from minipic.layers import lora
 from minipic.models.vae import VAE
+from minipic.papers import from_metadata, metadata_of
 from minipic.pipeline import DrawSettings, Pipeline, latent_mask
 from minipic.training.flags import option
-from minipic.training.photos import Photo, match_by_stem
+from minipic.training.photos import Photo, match_by_stem, read_sources
 from minipic.training.settings import DATA, LORA, LOSS, PairSettings, PhotoSettings
 from minipic.weights import save_lora
-from minipic.weights.configs import config_from_json
-from minipic.weights.files import read_header
 from minipic.world import tasks as world
-from minipic.world.pictures import PairPicture
+from minipic.world.pictures import PairPicture, to_uint8
 
 # Tasks of the world whose given half is a map. They are also done the other way round, and are
 # then called image2edges and so on.
@@ -238,19 +237,14 @@ def pairs_of_folder(pipeline: Pipeline, config: Settings) -> list[Example]:
     """The pairs of --data: its target/, source/ and so on, matched by their names."""
     folder = Path(config.data)
     photos = read_photos(pipeline, config, str(folder / "target"))
-    sources = [match_by_stem(folder / "source", photos)]
-    for name in ("source2", "source3"):
-        if (folder / name).is_dir():
-            sources.append(match_by_stem(folder / name, photos))
+    if not (folder / "source").is_dir():
+        raise InputError(f"{folder} has no source/; put there what is given, of the same names")
+    sources = read_sources(folder, photos, MOST_SOURCES)
     masks = match_by_stem(folder / "mask", photos) if (folder / "mask").is_dir() else None
     examples = []
     for i, photo in enumerate(photos):
-        given = []
-        for paths in sources:
-            width, height = open_picture(paths[i]).size
-            given.append(replace(photo, path=paths[i], original=(height, width)))
         mask = read_mask(photo, masks[i], pipeline.vae.config.factor) if masks else None
-        examples.append(Example(photo, tuple(given), mask=mask))
+        examples.append(Example(photo, tuple(sources[i]), mask=mask))
     return examples
 
 
@@ -354,9 +348,9 @@ def encode_hidden(vae: VAE, pairs: list[Example], chosen: list[int]) -> list[tor
     for start in range(0, len(chosen), at_once):
         hidden = []
         for i in chosen[start:start + at_once]:
-            image = draw_one(pairs[i].wanted)
-            image = ((image + 1) * 127.5).round().to(torch.uint8).masked_fill(pairs[i].mask, GREY)
-            hidden.append(PairPicture(image, image, "", None, None))
+            image, = pairs[i].wanted.draw([pairs[i].wanted])
+            image = to_uint8(image).masked_fill(pairs[i].mask, GREY)
+            hidden.append(PairPicture(image, image, ""))
         latents += encode_pictures(vae, hidden)
     return latents
 
@@ -434,8 +428,8 @@ def sample(pipeline: Pipeline, config: Settings, data: CanvasData) -> Image.Imag
     pictures = []
     labels = []
     for example in data.examples:
-        *given, wanted = to_pictures(torch.stack(
-            [draw_one(picture) for picture in (*example.given, example.wanted)]))
+        given = [picture_of(picture) for picture in example.given]
+        wanted = picture_of(example.wanted)
         mask = None
         if example.mask is not None:
             mask = to_pictures(example.mask.expand(1, 3, -1, -1) * 2.0 - 1)[0]
@@ -451,21 +445,16 @@ def sample(pipeline: Pipeline, config: Settings, data: CanvasData) -> Image.Imag
     return image_grid(pictures, labels, columns=3)
 
 
-def draw_one(picture: Photo | PairPicture) -> torch.Tensor:
-    """The image [3,H,W] of one training picture."""
-    return picture.draw([picture])[0]
-
-
 def export(pipeline: Pipeline, folder: Path, config: Settings, data: CanvasData):
     """The LoRA, whose file says how to draw with it.
 
     example.png, and perhaps example2.png and so on, are given pictures to try.
     """
-    metadata = {"paper": "onepic", "onepic": json.dumps(asdict(data.trained_as))}
-    save_lora({"unet": lora.lora_state_dict(pipeline.unet)}, folder / "lora.safetensors", metadata)
+    metadata = metadata_of("onepic", data.trained_as)
+    save_lora(lora_states(pipeline, torch.float16), folder / "lora.safetensors", metadata)
     for number, picture in enumerate(data.examples[0].given, 1):
         name = "example.png" if number == 1 else f"example{number}.png"
-        to_pictures(draw_one(picture)[None])[0].save(folder / name)
+        picture_of(picture).save(folder / name)
 
 
 # Drawing ------------------------------------------------------------------------------------------
@@ -478,15 +467,8 @@ def load_adapter(pipeline: Pipeline, path: Path) -> TrainedAs:
 
 def read_trained_as(path: Path) -> TrainedAs:
     """How the LoRA of a file was trained. InputError where its metadata is damaged."""
-    try:
-        _, metadata = read_header(path)
-        values = dict(json.loads(metadata["onepic"]))
-        choices = {"visible": VISIBLE, "layout": LAYOUTS}
-        return config_from_json(TrainedAs, values, choices, path)
-    except (KeyError, TypeError, ValueError):
-        raise InputError(
-            f"{path}: its metadata does not say how it was trained; it is damaged or was not made "
-            "by train.py onepic") from None
+    choices = {"visible": VISIBLE, "layout": LAYOUTS}
+    return from_metadata(TrainedAs, "onepic", path, choices)
 
 
 def tasks(path: Path) -> tuple[str, ...]:
@@ -566,10 +548,10 @@ def draw(
     given = []
     for source in sources:
         image = to_tensor(resize_and_crop(to_rgb(source), settings.size))
-        given.append(mean_latent(pipeline, image))
+        given.append(pipeline.mean_latent(image))
     layout = trained_as.layout
     given = fill_canvas(torch.cat(given), layout)[None]  # [1,V,4,h,w]
-    hidden = mean_latent(pipeline, wanted)
+    hidden = pipeline.mean_latent(wanted)
     is_drawn = latent_mask(wanted_mask, pipeline.vae.config.factor).bool().to(given.device)
 
     known = join(given, hidden, layout).expand(n, -1, -1, -1)
@@ -604,9 +586,3 @@ def draw(
         if on_step is not None:
             on_step(x, x0)
     return pipeline.decode(x)
-
-
-def mean_latent(pipeline: Pipeline, image: torch.Tensor) -> torch.Tensor:
-    """image [3,H,W] in [-1,1] -> the mean of its latent, scaled [1,4,h,w]."""
-    mean, _ = pipeline.encode_moments(image)
-    return pipeline.vae.scale(mean).to(pipeline.device)

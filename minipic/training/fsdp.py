@@ -10,26 +10,34 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from minipic.common import ParameterError
+
+# torch.distributed.fsdp and .tensor are imported where they are used: they take half a second, and
+# without --fsdp nothing is in shards.
 
 
 def check_fsdp():
     """ParameterError where this version of PyTorch lacks what `shard` needs."""
+    from torch.distributed.fsdp import FSDPModule
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise ParameterError(
             "fsdp", f"needs PyTorch 2.8 or newer, and this is {torch.__version__}; leave it out")
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether `shard` made it."""
-    return isinstance(module, FSDPModule)
+    """Whether `shard` made it: PyTorch calls such a module an FSDPModule."""
+    return hasattr(module, "set_requires_gradient_sync")
+
+
+def is_in_shards(tensor: torch.Tensor) -> bool:
+    """Whether each process has a part of it only: PyTorch calls such a tensor a DTensor."""
+    return hasattr(tensor, "full_tensor")
 
 
 def shard(module: nn.Module) -> nn.Module:
     """Shard what is trained in a module over all processes, block by block. Returns the module."""
+    from torch.distributed.fsdp import fully_shard
     for name, param in module.named_parameters():
         if param.requires_grad and param.ndim == 0:
             raise ParameterError(
@@ -63,19 +71,20 @@ def blocks_to_shard(module: nn.Module, frozen: set) -> list[nn.Module]:
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor on the CPU. Where it is in shards, every process must ask for it."""
-    if isinstance(tensor, DTensor):
+    if is_in_shards(tensor):
         tensor = tensor.full_tensor()
     return tensor.detach().cpu()
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's part in this process: its shard, or the tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_in_shards(tensor) else tensor
 
 
 def copy_into(target: torch.Tensor, value: torch.Tensor):
     """Copy a whole CPU tensor into `target`, which may be in shards or on another device."""
-    if isinstance(target, DTensor):
+    if is_in_shards(target):
+        from torch.distributed.tensor import distribute_tensor
         value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     target.copy_(value)
 
@@ -89,8 +98,8 @@ def whole_parameters(model: nn.Module, params: dict, here: bool) -> Iterator[Non
     here: whether this is the process; every process must enter, because whole parameters are
         gathered from all of them.
     """
-    shards = {name: param for name, param in params.items() if isinstance(param, DTensor)}
-    sharded_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    shards = {name: param for name, param in params.items() if is_in_shards(param)}
+    sharded_modules = [module for module in model.modules() if is_sharded(module)]
     hooks = [(module._forward_pre_hooks, module._forward_hooks) for module in sharded_modules]
 
     for name, param in shards.items():

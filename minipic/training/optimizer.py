@@ -5,10 +5,9 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from minipic.training.fsdp import local_tensor
+from minipic.training.fsdp import is_in_shards, local_tensor
 from minipic.training.settings import TrainSettings
 
 
@@ -59,7 +58,7 @@ def set_learning_rate(optimizer: torch.optim.AdamW, lr: float):
 def clip_gradients(params: dict, max_norm: float) -> torch.Tensor:
     """Scale gradients down to this norm (0: leave them). Returns their norm, of all processes."""
     norm = torch.nn.utils.clip_grad_norm_(params.values(), max_norm or math.inf)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if is_in_shards(norm) else norm
 
 
 class EMA:

@@ -15,7 +15,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -247,6 +247,21 @@ def match_by_stem(folder: str | Path, photos: list[Photo]) -> list[Path]:
             f"{folder}/ lacks {len(missing)} of {len(photos)} pictures, the first is "
             f"{printable(missing[0])}")
     return [by_stem[photo.path.stem] for photo in photos]
+
+
+def read_sources(folder: Path, photos: list[Photo], most: int = 4) -> list[list[Photo]]:
+    """For each photo of folder/target those that are given with it, of the same name.
+
+    They lie in folder/source, source2 and so on, up to `most`; where there is none, [].
+    """
+    sources = [[] for _ in photos]
+    for name in ("source", "source2", "source3", "source4")[:most]:
+        if (folder / name).is_dir():
+            for i, path in enumerate(match_by_stem(folder / name, photos)):
+                width, height = open_picture(path).size
+                source = replace(photos[i], path=path, original=(height, width))
+                sources[i].append(source)
+    return sources
 
 
 # ---- the report ----------------------------------------------------------------------------------

@@ -5,12 +5,13 @@
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from minipic.common import InputError
+from minipic.common import InputError, rng
 from minipic.image import open_picture
 from minipic.training.photos import READABLE, Photo
 from minipic.weights.files import read_json
@@ -22,9 +23,28 @@ NOT_A_ROTATION = 1e-2  # how far R^T R may be from 1
 class PosedScene:
     """The pictures of one scene, and where each was taken."""
 
+    file: Path  # its transforms.json
     photos: list[Photo]
     cameras: torch.Tensor  # world-to-camera [V,3,4]: right, down, forward, as in world/camera.py
     focal: float  # focal length in units of the pictures' shorter side
+
+
+def read_scenes(folder: Path, side: int) -> list[PosedScene]:
+    """The scenes of a folder, each a folder with a transforms.json. Errors: see `read_scene`."""
+    files = sorted(folder.glob("*/transforms.json"))
+    if not files:
+        raise InputError(f"{folder} has no scene, such as {folder / 'kitchen/transforms.json'}")
+    return [read_scene(file, side) for file in files]
+
+
+def choose_views(scene: PosedScene, seed: int) -> Iterator[list[int]]:
+    """For each view of a scene: its number, and those of one or two others, chosen at random."""
+    count = len(scene.photos)
+    for first in range(count):
+        generator = rng(seed, "views", scene.file.parent.name, first)
+        order = torch.randperm(count, generator=generator).tolist()
+        others = [view for view in order if view != first]
+        yield [first, *others[:1 + first % 2]]
 
 
 def read_scene(file: Path, side: int) -> PosedScene:
@@ -48,7 +68,8 @@ def read_scene(file: Path, side: int) -> PosedScene:
         photos.append(Photo(path, str(caption), (height, width), (side, side)))
         cameras.append(read_camera(frame.get("transform_matrix"), where))
     height, width = photos[0].original
-    return PosedScene(photos, torch.stack(cameras), read_focal(values, width, height, file))
+    focal = read_focal(values, width, height, file)
+    return PosedScene(file, photos, torch.stack(cameras), focal)
 
 
 def find_picture(path: Path, where: str) -> Path:

@@ -124,6 +124,13 @@ class Networks(nn.Module):
             return torch.device(self.on_disk["unet"].device)
         return next(self.unet.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The UNet's, also while it is on disk."""
+        if "unet" in self.on_disk:
+            return self.on_disk["unet"].dtype
+        return next(self.unet.parameters()).dtype
+
     # In memory and on disk ------------------------------------------------------------------------
 
     def fetch(self, *names: str):
@@ -250,19 +257,10 @@ class Networks(nn.Module):
 
         Raises InputError naming the path and what does not fit this model.
         """
-        if "unet" in self.on_disk:
-            unet = self.on_disk["unet"]
-            dtype = unet.dtype
-            device = unet.device
-            cast = unet.cast
-        else:
-            weight = next(self.unet.parameters())
-            dtype = weight.dtype
-            device = weight.device
-            cast = False
-        half = dtype != torch.float32
+        half = self.dtype != torch.float32
         part = open_controlnet(find_file(path), self.unet.config, self.vae.config.factor, half)
-        network = OnDisk(part, dtype, device, cast)
+        cast = "unet" in self.on_disk and self.on_disk["unet"].cast
+        network = OnDisk(part, self.dtype, self.device, cast)
         if self.on_disk:  # it waits on disk, as the other networks do
             name = self.attach_controlnet(network.empty())
             self.on_disk[name] = network
