@@ -1,6 +1,7 @@
 """Figures, drawn with Pillow: labelled grids of pictures, curves, heat maps, bars and tables."""
 
 import math
+import statistics
 import textwrap
 from dataclasses import dataclass
 
@@ -180,6 +181,130 @@ def curves(
     return picture
 
 
+@dataclass
+class Measured:
+    """A point of a plot, as every seed measured it."""
+
+    x: list[float]
+    y: list[float]
+    note: str = ""  # is written beside it
+
+
+MARKS = ((30, 0, 9), (4, 0, 11), (3, 0, 12), (4, 45, 11))  # (corners, turn in degrees, radius)
+LARGE = 24  # pixels of a letter; such figures are drawn large, so that they can be printed
+
+
+def error_bars(lines: dict[str, list[Measured]], across: str, up: str) -> Image.Image:
+    """Lines through the means over seeds, and thin bars from the lowest seed to the highest.
+
+    lines: {name: points}. A line of one point is its mark alone, and the first line lies on top.
+    across, up: what the axes show.
+    """
+    font = ImageFont.load_default(LARGE)
+    points = [point for line in lines.values() for point in line]
+    x_ticks = round_ticks([x for point in points for x in point.x])
+    y_ticks = round_ticks([y for point in points for y in point.y])
+    plot = Plot(left=110, right=840, top=60, bottom=max(600, 50 + 36 * len(lines)),
+                steps=(x_ticks[0], x_ticks[-1]), values=(y_ticks[0], y_ticks[-1]))
+    legend = plot.right + 50
+    width = legend + 40 + round(max(map(font.getlength, lines)))
+    picture = Image.new("RGB", (width, plot.bottom + 90), PAPER)
+    draw = ImageDraw.Draw(picture)
+    draw_axes(draw, plot, x_ticks, y_ticks, across, up)
+
+    notes = []  # (mean, note, color)
+    taken = []  # boxes (left, top, right, bottom) that no note should cover
+    for i, (name, line) in reversed(list(enumerate(lines.items()))):
+        color = LINE_COLORS[i % len(LINE_COLORS)]
+        corners, turn, radius = MARKS[(i + i // 12) % len(MARKS)]  # 24 pairs of color and mark
+        means = []
+        for point in line:
+            x, y = plot.point(statistics.mean(point.x), statistics.mean(point.y))
+            left, bottom = plot.point(min(point.x), min(point.y))
+            right, top = plot.point(max(point.x), max(point.y))
+            draw.line([(left, y), (right, y)], fill=color)
+            draw.line([(x, top), (x, bottom)], fill=color)
+            means.append((x, y))
+            notes.append(((x, y), point.note, color))
+            taken += [(left, y - 1, right, y + 1), (x - 1, top, x + 1, bottom)]
+            taken.append((x - radius, y - radius, x + radius, y + radius))
+        draw.line(means, fill=color, width=3)
+        taken += boxes_along(means)
+        y_legend = plot.top + 36 * i
+        for x, y in [*means, (legend, y_legend)]:
+            draw.regular_polygon((x, y, radius), corners, turn, fill=color)
+        draw.text((legend + 24, y_legend), name, INK, font, anchor="lm")
+    for mean, note, color in notes:
+        write_note(draw, mean, note, color, taken)
+    return picture
+
+
+def round_ticks(values: list[float]) -> list[float]:
+    """About five round numbers in equal steps that enclose all values."""
+    low = min(values)
+    high = max(values)
+    rough = ((high - low) or abs(high) or 1) / 5
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
+    first = math.floor(low / step)
+    last = max(math.ceil(high / step), first + 1)
+    return [step * i for i in range(first, last + 1)]
+
+
+def draw_axes(
+        draw: ImageDraw.ImageDraw, plot: Plot, x_ticks: list[float], y_ticks: list[float],
+        across: str, up: str):
+    """A grid at the ticks, with their numbers and the names of the axes."""
+    font = ImageFont.load_default(LARGE)
+    for tick in x_ticks:
+        x, _ = plot.point(tick, plot.values[0])
+        draw.line([(x, plot.top), (x, plot.bottom)], fill="lightgray")
+        draw.text((x, plot.bottom + 10), f"{tick:g}", INK, font, anchor="ma")
+    for tick in y_ticks:
+        _, y = plot.point(plot.steps[0], tick)
+        draw.line([(plot.left, y), (plot.right, y)], fill="lightgray")
+        draw.text((plot.left - 12, y), f"{tick:g}", INK, font, anchor="rm")
+    draw.text((10, 10), up, INK, font)
+    draw.text(((plot.left + plot.right) / 2, plot.bottom + 46), across, INK, font, anchor="ma")
+
+
+def boxes_along(points: list[tuple[float, float]]) -> list[tuple]:
+    """Small boxes on the lines from each point to the next."""
+    boxes = []
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        for i in range(50):
+            x = x0 + i / 50 * (x1 - x0)
+            y = y0 + i / 50 * (y1 - y0)
+            boxes.append((x - 2, y - 2, x + 2, y + 2))
+    return boxes
+
+
+def write_note(
+        draw: ImageDraw.ImageDraw, mean: tuple[float, float], note: str, color: str,
+        taken: list[tuple]):
+    """Write a note beside a mark where it covers least of what is taken, and add its own box."""
+    font = ImageFont.load_default(0.8 * LARGE)
+    x, y = mean
+    corners = (9, -7, "lb"), (9, 7, "lt"), (-9, -7, "rb"), (-9, 7, "rt")
+    sides = (14, 0, "lm"), (-14, 0, "rm"), (0, -14, "mb"), (0, 14, "mt")
+    places = []
+    for right, down, anchor in (*corners, *sides):
+        at = (x + right, y + down)
+        box = draw.textbbox(at, note, font, anchor=anchor)
+        covered = sum(overlap(box, other) for other in taken)
+        places.append((covered, at, anchor, box))
+    _, at, anchor, box = min(places, key=lambda place: place[0])  # the first of the best
+    draw.text(at, note, color, font, anchor=anchor, stroke_width=2, stroke_fill=PAPER)
+    taken.append(box)
+
+
+def overlap(one: tuple, other: tuple) -> float:
+    """The area that two boxes (left, top, right, bottom) share."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(width, 0) * max(height, 0)
+
+
 def running_average(values: list[float]) -> list[float]:
     """An exponential average that starts with the first value and remembers about ten."""
     averages = [values[0]]
@@ -241,27 +366,38 @@ def heat_map(
     return sheet
 
 
-def bars(values: dict[str, float], title: str | None = None, unit: str = "") -> Image.Image:
-    """One bar from 0 for each value, beside its name; negative ones go to the left."""
-    font = ImageFont.load_default(14)
+def bars(
+        values: dict[str, float], title: str | None = None, unit: str = "",
+        spans: dict[str, tuple[float, float]] | None = None, font_size: int = 14) -> Image.Image:
+    """One bar from 0 for each value, beside its name; negative ones go to the left.
+
+    spans: the lowest and the highest seed of each value, drawn as a thin line.
+    """
+    font = ImageFont.load_default(font_size)
+    title_font = ImageFont.load_default(font_size + 2)
     names = list(values)
-    row = 26
-    top = 34 if title else 10
+    row = round(1.86 * font_size)
+    top = 10 + line_height(title_font) if title else 10
     left = 20 + round(max(map(font.getlength, names)))
     longest = 320
-    low = min(0, *values.values())
-    scale = longest / ((max(0, *values.values()) - low) or 1)
+    spans = spans or {name: (value, value) for name, value in values.items()}
+    low = min(0, *(lowest for lowest, _ in spans.values()))
+    scale = longest / ((max(0, *(highest for _, highest in spans.values())) - low) or 1)
     zero = left - low * scale
     sheet = Image.new("RGB", (left + longest + 110, top + row * len(names) + 6), PAPER)
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((10, 6), title, INK, ImageFont.load_default(16))
+        draw.text((10, 6), title, INK, title_font)
     for i, (name, value) in enumerate(values.items()):
         y = top + row * i
         ends = sorted([zero, zero + value * scale])
         draw.text((left - 10, y + row / 2), name, INK, font, anchor="rm")
         draw.rectangle([ends[0], y + 4, ends[1], y + row - 5], fill=LINE_COLORS[0])
-        draw.text((ends[1] + 8, y + row / 2), f"{value:.3g}{unit}", INK, font, anchor="lm")
+        lowest, highest = [zero + end * scale for end in spans[name]]
+        if lowest < highest:
+            draw.line([(lowest, y + row // 2), (highest, y + row // 2)], LINE_COLORS[3], width=3)
+        x = max(ends[1], highest) + 8
+        draw.text((x, y + row / 2), f"{value:.3g}{unit}", INK, font, anchor="lm")
     return sheet
 
 

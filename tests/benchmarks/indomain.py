@@ -128,11 +128,13 @@ def unrectified(w_c):
 
 class Entry(NamedTuple):
     """A row of the table: train.py's flags ("" for none) with {photos} and {captioned}, the kind of file that it makes
-    (baselines.load), and its ways to draw by name; `early` of them are measured at every count, all at the last."""
+    (baselines.load), and its ways to draw by name; `early` of them are measured at every count, the first Size.ways, or
+    `every_way`, at the last."""
     flags: str
     file: str
     ways: dict[str, Callable]
     early: tuple[str, ...] = ()
+    every_way: bool = False
 
 
 HOW = "--batch 16 --warmup 20 --lr-schedule constant --ema 0.99 "
@@ -142,13 +144,13 @@ TUNED = {"guidance 3": ordinary(3), "guidance 5": ordinary(5), "base as uncondit
 FIRST = {"w_d 2, w_c 3": decoupled(2, 3), "w_d 2.5, w_c 2.5": decoupled(2.5, 2.5)}
 DECOUPLED = {**FIRST, "unrectified, w_c 3": unrectified(3), "w_d 1, w_c 3": decoupled(1, 3), "w_d 2, w_c 5": decoupled(2, 5),
              "unrectified, w_c 5": unrectified(5), "w_d 2, no text": decoupled(2, 0)}
-for w_d in (1, 1.5, 2, 2.5):
-    for w_c in (1.5, 3, 5):
-        DECOUPLED.setdefault(f"w_d {w_d}, w_c {w_c}", decoupled(w_d, w_c))
+GRID = {f"w_d {w_d}, w_c {w_c}": decoupled(w_d, w_c) for w_d in (1, 1.5, 2, 2.5) for w_c in (1.5, 3, 5)}
+DECOUPLED |= {name: way for name, way in GRID.items() if name not in DECOUPLED}
 ENTRIES = {  # in the order of their importance
     "base": Entry("", "", {"guidance 5": ordinary(5), "style words, 5": ordinary(5, WITH_WORDS),
                            "style words, 3": ordinary(3, WITH_WORDS)}),
     "decoupled": Entry(f"indomain --data {{photos}} {FULL}", "indomain", DECOUPLED, ("w_d 2, w_c 3",)),
+    "decoupled, grid": Entry(f"indomain --data {{photos}} {FULL}", "indomain", GRID, every_way=True),
     "fine-tuned, one caption": Entry(TUNE + FULL, "model", TUNED, ("guidance 5",)),
     "fine-tuned, captions": Entry(f"t2i --data {{captioned}} {FULL}", "model", {"guidance 3": ordinary(3, WITH_WORDS),
                                   "guidance 5": ordinary(5, WITH_WORDS)}),
@@ -328,7 +330,7 @@ def measure(name: str, options, judged: Judged, folders: dict, seed: int) -> dic
     if name == "renders":
         return {"at": {"0": {"renders": scores(judged, render(judged.scenes, truth=False, shade=SHADE).rgb)}}}
     entry, row, counts = ENTRIES[name], {"at": {}}, (0,)
-    last_ways = dict(list(entry.ways.items())[:size.ways])
+    last_ways = entry.ways if entry.every_way else dict(list(entry.ways.items())[:size.ways])
     out = options.runs / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
     if entry.flags:
         flags = shlex.split(entry.flags.format(**folders)) + ["--model", str(options.model), "--seed", str(seed)]

@@ -50,14 +50,14 @@ from minipic.diffusion.frames import flow_grid, guided, sample_frames  # noqa: E
 from minipic.figures import image_grid  # noqa: E402
 from minipic.image import to_pictures  # noqa: E402
 from minipic.papers import find_adapter, onediffusion  # noqa: E402
-from minipic.papers.onediffusion import WORLD_TASKS, is_map  # noqa: E402
+from minipic.papers.sequences import WORLD_TASKS, is_map  # noqa: E402
 from minipic.pipeline import Pipeline  # noqa: E402
 from minipic.training.checkpoint import find_checkpoint, steps_done  # noqa: E402
 from minipic.weights.files import sha256  # noqa: E402
 from minipic.world import maps, metrics, probe  # noqa: E402
 from minipic.world.camera import eyes  # noqa: E402
 from minipic.world.rays import (  # noqa: E402
-    DISTANCE, at_distance, cameras_of_rays, frames_of_cameras, pinhole, rays_of_frames)
+    DISTANCE, at_distance, cameras_of_frames, frames_of_cameras)
 from minipic.world.tasks import TASKS  # noqa: E402
 
 VIEWS = 3
@@ -77,22 +77,27 @@ class Size(NamedTuple):
 
 SIZES = {
     "toy": Size("--batch 2 --scenes 24 --warmup 0 --ema 0 --depth 1 --hidden-size 96", 2, 2, 2, 2),
-    "cpu": Size("--batch 16 --ema 0.995", 4000, 800, 48, 20),
+    "cpu": Size("--batch 16 --ema 0.995", 8000, 800, 48, 20),
     "gpu": Size("--batch 64 --lr 1e-3 --lr-schedule constant --ema 0.995", 20000, 800, 96, 20),
 }
 FEW = "depth2image,normals2image,deblurring"
 
 
 class Entry(NamedTuple):
-    """A training run: train.py's flags, and whether it is as long as the one of all tasks."""
+    """A training run: train.py's flags, and whether it is as long as the one of all tasks.
+
+    then: flags of a second run, which goes on from the weights of the first.
+    """
 
     flags: str = ""
     long: bool = False
     label: str = "zero"  # in drawing
+    then: str = ""
 
 
 ENTRIES = {
     "all tasks": Entry("--scenes 6000", long=True),
+    "all tasks, then shift 3": Entry("--scenes 6000", long=True, then="--shift 3 --lr 1e-3"),
     "three tasks": Entry(f"--tasks {FEW} --scenes 3000"),
     "three tasks, label last": Entry(f"--tasks {FEW} --scenes 3000", label="last"),
     "three tasks, no clean frames": Entry(f"--tasks {FEW} --scenes 3000 --clean 0"),
@@ -244,8 +249,7 @@ class Exam:
             x = model.draw(both.roll(shift, 0), given, "multiview", texts)
             found, truth = [], []
             for frames, views in zip(x[:, 1::2], cameras):
-                drawn = rays_of_frames(frames.float().cpu())
-                found.append(eyes(cameras_of_rays(drawn, pinhole(focal, (1, 1)), (1, 1)))[1:])
+                found.append(eyes(cameras_of_frames(frames, focal))[1:])
                 truth.append(eyes(views)[1:])  # the first camera is the frame of all
             accuracy = metrics.camera_accuracy(torch.cat(found), torch.cat(truth), DISTANCE)
             pose |= {name + key: value for key, value in accuracy.items()}
@@ -317,26 +321,39 @@ def map_scores(task: str, pictures: torch.Tensor, pairs) -> dict[str, float]:
 
 # ---- one entry -----------------------------------------------------------------------------------
 
-def train_flags(entry: Entry, seed: int, options) -> list[str]:
+def train_flags(entry: Entry, seed: int, options) -> list[list[str]]:
+    """train.py's flags of the one or two runs of an entry."""
     size = SIZES[options.size]
     steps = size.all_steps if entry.long else size.few_steps
     own = entry.flags
     if options.size == "toy":  # all pictures are drawn in seconds
         own = own.replace("--scenes 6000", "").replace("--scenes 3000", "").replace("--scenes 2000", "")
-    return shlex.split(f"{size.flags} {own} --steps {steps} --seed {seed} --model {options.model} --sample-every 0")
+    where = f"--model {options.model} --sample-every 0"
+    runs = [shlex.split(f"{size.flags} {own} --steps {steps} --seed {seed} {where}")]
+    if entry.then:  # half as long, on other scenes
+        first = f"--start {folder_of(runs[0], options)}/model"
+        runs.append(shlex.split(
+            f"{size.flags} {own} {entry.then} {first} --steps {steps // 2} --seed {seed + 1} {where}"))
+    return runs
+
+
+def folder_of(flags: list[str], options) -> Path:
+    return options.runs / hashlib.sha256(" ".join(flags).encode()).hexdigest()[:12]
 
 
 def measure(name: str, seed: int, options, exam: Exam) -> dict:
     """Train an entry, or take the weights of one that has the same flags; then draw and score."""
     entry = ENTRIES[name]
-    flags = train_flags(entry, seed, options)
-    out = options.runs / hashlib.sha256(" ".join(flags).encode()).hexdigest()[:12]
-    start = time.process_time()
-    if not (out / "model" / "config.json").exists():
-        train_for(options.minutes, flags, out)
-        shutil.rmtree(out / "checkpoints")
-    steps = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"]  # the last that was logged
-    seconds = time.process_time() - start
+    seconds, steps = None, 0
+    for flags in train_flags(entry, seed, options):
+        out = folder_of(flags, options)
+        start = time.process_time()
+        if not (out / "model" / "config.json").exists():
+            train_for(options.minutes, flags, out)
+            shutil.rmtree(out / "checkpoints")
+            seconds = time.process_time() - start  # of the last run; None if it was there
+        log = (out / "log.jsonl").read_text().splitlines()
+        steps += json.loads(log[-1])["step"]  # the last that was logged
     pipeline = Pipeline.load(options.model, torch.float32, device())
     _, file = find_adapter(out / "model")
     adapter = onediffusion.load_adapter(pipeline, file)
@@ -436,8 +453,11 @@ def main(argv: list[str] | None = None, after: Callable = print):
 
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     for seed, name in product(seeds, chosen):
-        made = {"model": model, "flags": train_flags(ENTRIES[name], seed, options), "label": ENTRIES[name].label,
+        first, *second = train_flags(ENTRIES[name], seed, options)
+        made = {"model": model, "flags": first, "label": ENTRIES[name].label,
                 "pictures": size.pictures, "steps": size.steps}
+        if second:
+            made["then"] = second[0]
         row = {"name": name, "seed": seed, "made": made}
         if any(row.items() <= old.items() for old in kept(options.out)):
             continue

@@ -24,20 +24,27 @@ from minipic.papers import onepic  # noqa: E402
 from minipic.pipeline import DrawSettings, Pipeline, SeededNoise, Stage  # noqa: E402
 from minipic.text import Conditioning, encode_prompts  # noqa: E402
 from minipic.world import metrics, probe  # noqa: E402
-from minipic.world.caption import Description, ask, describe, say  # noqa: E402
+from minipic.world.caption import Description, ask, ask_counts, counting_caption, describe, say  # noqa: E402
 from minipic.world.scene import COLORS, PLACES, SHAPES, SIZES, render, sample_scene  # noqa: E402
 
 WORLD = 10**9  # the seed of the captions' scenes; training uses seeds near 0
 SETS = {"one object": (1, "any"), "one object, unseen": (1, "only"),
-        "two objects": (2, "any"), "two objects, unseen": (2, "only")}
+        "two objects": (2, "any"), "two objects, unseen": (2, "only"), "counted": ("alike", "any")}
 
 
 def requests(objects, held_out, count):
-    """`count` scenes and what is asked of each: everything about a single object; any part of what two allow."""
-    scenes = [sample_scene(WORLD, i, objects, held_out) for i in range(count)]
-    asked = [Description(describe(scene).things) if objects == 1 else ask(scene, rng(WORLD, "ask", i))
-             for i, scene in enumerate(scenes)]
-    return scenes, asked, [say(a, rng(WORLD, "say", i)) for i, a in enumerate(asked)]
+    """`count` scenes and what is asked of each: everything about a single object; any part of what two allow.
+
+    objects: how many; "alike": two or three, whose captions count those that are alike.
+    """
+    if objects == "alike":
+        scenes = [sample_scene(WORLD, i, held_out=held_out, alike=True) for i in range(count)]
+        asked = [ask_counts(scene, rng(WORLD, "ask", i)) for i, scene in enumerate(scenes)]
+    else:
+        scenes = [sample_scene(WORLD, i, objects, held_out) for i in range(count)]
+        asked = [Description(describe(scene).things) if objects == 1 else ask(scene, rng(WORLD, "ask", i))
+                 for i, scene in enumerate(scenes)]
+    return scenes, asked, [say(a, rng(WORLD, "say", i), objects == "alike") for i, a in enumerate(asked)]
 
 
 @torch.no_grad()
@@ -174,19 +181,39 @@ def linear_reading(encoders):
     scenes = [sample_scene(WORLD + 1, i, 1) for i in range(500)]
     things = [describe(scene).things[0] for scene in scenes]
     texts = [say(Description((thing,)), rng(WORLD, "say", i)) for i, thing in enumerate(things)]
-    outputs = [encode_prompts(texts[i:i + 50], encoders) for i in range(0, 500, 50)]
-    context, pooled = map(torch.cat, zip(*outputs))
+    states = text_states(texts, encoders)
     shares = {}
     for look, names in (("shape", SHAPES), ("place", PLACES), ("color", COLORS), ("size", SIZES)):
-        right = torch.tensor([list(names).index(getattr(thing, look)) for thing in things])
-        wanted = torch.nn.functional.one_hot(right).double()[:400]
-        found = []
-        for states in (context.mean(1), pooled):
-            x = torch.cat([states, torch.ones(500, 1)], dim=1).double()
-            fit = torch.linalg.solve(x[:400].T @ x[:400] + torch.eye(x.shape[1]), x[:400].T @ wanted)
-            found.append(((x[400:] @ fit).argmax(1) == right[400:]).double().mean().item())
-        shares[look] = min(found)
+        shares[look] = share_read(states, torch.tensor([list(names).index(getattr(thing, look)) for thing in things]))
     return shares
+
+
+@torch.no_grad()
+def count_reading(encoders):
+    """The same for the number of things, one to three, in captions that count those that are alike."""
+    counts = [i % 3 + 1 for i in range(500)]
+    scenes = [sample_scene(WORLD + 1, i, count, alike=count > 1) for i, count in enumerate(counts)]
+    texts = [counting_caption(scene, rng(WORLD, "count", i)) for i, scene in enumerate(scenes)]
+    return share_read(text_states(texts, encoders), torch.tensor(counts) - 1)
+
+
+def text_states(texts, encoders):
+    """What a linear reading reads of 500 texts: the mean context [500,D] and the pooled vector [500,D]."""
+    outputs = [encode_prompts(texts[i:i + 50], encoders) for i in range(0, 500, 50)]
+    context, pooled = map(torch.cat, zip(*outputs))
+    return context.mean(1), pooled
+
+
+def share_read(states, right):
+    """The share of the last 100 texts in which a reading fitted to the first 400 finds what is right [500], the worse
+    of both `text_states`."""
+    wanted = torch.nn.functional.one_hot(right).double()[:400]
+    found = []
+    for x in states:
+        x = torch.cat([x, torch.ones(500, 1)], dim=1).double()
+        fit = torch.linalg.solve(x[:400].T @ x[:400] + torch.eye(x.shape[1]), x[:400].T @ wanted)
+        found.append(((x[400:] @ fit).argmax(1) == right[400:]).double().mean().item())
+    return min(found)
 
 
 def sweep(judge, pipeline, asked, prompts, rendered, **settings):

@@ -23,7 +23,7 @@ ROOMS = {  # in the order of README's map: (zone, what it holds)
     "text.py": (CORE, "prompts -> what a UNet reads of them"),
     "pipeline.py": (CORE, "the whole way from a prompt to a picture"),
     "latents.py": (CORE, "pictures and captions -> batches of latents, and the loss on them"),
-    "papers": (CORE, "one file per paper"),
+    "papers": (CORE, "one file per paper, and what two of them set apart"),
     "draw_settings.py": (PLUMBING, "what to draw, checked by itself and against the model"),
     "recipes": (PLUMBING, "the ordinary ways to train, and the three that make the tiny model"),
     "weights": (PLUMBING, "files in and out: checks, names, layouts; LoRAs, embeddings, ControlNets"),
@@ -143,7 +143,8 @@ def results() -> str:
     lines = [
         "# Results", "",
         "Everything here is written by `python tests/benchmarks/report.py` from the JSON files in this folder. Each "
-        "holds the command, the seeds, the date, the hardware and the versions; the command makes it anew.", ""]
+        "holds the command, the seeds, the date, the hardware and the versions; the command makes it anew, of "
+        "a table that grew in several runs the last part. The figures are drawn from the same files by `python tests/benchmarks/figures.py`.", ""]
     for section in (quality, loss_by_timestep, baselines, mtu, in_domain, specialist, onediffusion, networks, attention,
                     attention_sweep, casting, loading, damage, world):
         lines += section()
@@ -161,6 +162,16 @@ def source(found: dict) -> str:
     machine = found.get("gpu") or found.get("cpu") or found.get("machine")
     note = f" {found['note']}" if "note" in found else ""
     return f"`{found['command']}`, {found['date']}, {machine}, PyTorch {found['torch']}.{note}"
+
+
+SEEDS = "Mean over the seeds of the table, thin bars from the lowest to the highest."  # of figures
+
+
+def figure(name: str, sentence: str) -> list[str]:
+    """The pictures of figures.py whose names begin so, over a sentence that says what they show."""
+    paths = sorted((HERE / "figures").glob(f"{name}*.png"))
+    links = [f"![{path.stem}](figures/{path.name})" for path in paths]
+    return [*links, "", sentence, ""] if links else []
 
 
 def table(heads: list[str], rows: list[list[str]]) -> list[str]:
@@ -191,10 +202,11 @@ def quality() -> list[str]:
         for value, row in measured[name].items():
             sweeps.append([f"{name} {value}", f"{row['whole']:.3f}", f"{row['frechet']:.2f}"])
     drawn, floor = measured["frechet"].values()
+    counted = " \"counted\" ones count alike things: \"two red cubes\"." if "counted" in measured else ""
     return [
         "## What the tiny model draws", "",
         "Captions of scenes that no model was trained on; \"unseen\" ones name a colour and shape that never occur "
-        "together in training. The judge, a small network that reads pictures of the world, says which share of the "
+        f"together in training.{counted} The judge, a small network that reads pictures of the world, says which share of the "
         "facts of a caption hold in the picture. Of each object: `color` (both colours of a pattern), `shape`, `size`, "
         "`pattern` (plain, striped or checkered), `place` (left, middle or right). Of the picture: `relation` (one "
         "object left of, right of, in front of or behind another), `floor` and `sky` their colours, `count` the number of "
@@ -253,7 +265,12 @@ def baselines() -> list[str]:
             machines.setdefault(row.get("gpu") or row["cpu"], {})[row["task"]] = True
     where = "; ".join(f"{', '.join(tasks)} on {cpu}" for cpu, tasks in machines.items())
     return [*lines, f"{found['pictures']} pictures per cell and seed, mean and spread. "
-            f"`python tests/benchmarks/baselines.py`, {found['date']}, {where}, PyTorch {found['torch']}.", ""]
+            f"`python tests/benchmarks/baselines.py`, {found['date']}, {where}, PyTorch {found['torch']}.", "",
+            *figure("onepic-edges", "How well the edges of a map are kept (edge F1) over the steps of training of ControlNet "
+                    f"and of ONE-PIC, and ONE-PIC given another scene's map (shuffled); \"renders\" and \"untouched\" are drawn "
+                    f"across. {SEEDS}"),
+            *figure("onepic-edits", "Edits: the share in which what is asked changes, against the share in which all else is "
+                    f"kept; the numbers beside the marks are steps of training. {SEEDS}")]
 
 
 def baseline_table(task: str, rows: list[dict]) -> list[str]:
@@ -272,21 +289,23 @@ def baseline_table(task: str, rows: list[dict]) -> list[str]:
     return table([task, "steps", "seeds", *facts, "trained weights", "file", "s/step"], lines)
 
 
+MTU_COLUMNS = {  # column: where its number is in the scores
+    "one object": ("t2i", "one object"), "two objects": ("t2i", "two objects"),
+    "changed": ("edit", "changed"), "kept": ("edit", "kept"), "edit PSNR": ("edit", "PSNR"),
+    "sr PSNR": ("sr", "PSNR"), "inpaint PSNR": ("inpaint", "PSNR"), "hole PSNR": ("inpaint", "PSNR in the hole")}
+
+
 def mtu() -> list[str]:
     found = read("mtu")
     if found is None:
         return []
-    columns = {  # column: where its number is in the scores
-        "one object": ("t2i", "one object"), "two objects": ("t2i", "two objects"),
-        "changed": ("edit", "changed"), "kept": ("edit", "kept"), "edit PSNR": ("edit", "PSNR"),
-        "sr PSNR": ("sr", "PSNR"), "inpaint PSNR": ("inpaint", "PSNR"), "hole PSNR": ("inpaint", "PSNR in the hole")}
     scored = [row for row in found["results"] if "scores" in row]
     _, pictures, steps = scored[0]["made"]["size"]
     rows = []
     for name in dict.fromkeys(row["name"] for row in scored):
         seeds = [row for row in scored if row["name"] == name]
         cells = []
-        for task, fact in columns.values():
+        for task, fact in MTU_COLUMNS.values():
             cells.append(cell([row["scores"].get(task, {}).get(fact) for row in seeds]))
         trained = f"{seeds[0]['trained']:,}" if "trained" in seeds[0] else ""
         rows.append([name, len(seeds), *cells, trained])
@@ -297,8 +316,12 @@ def mtu() -> list[str]:
         "hole alone): dB to the exact picture; `trained weights`: their number. \"untouched\" is the model before training, "
         "which hands back the given picture, enlarged or with its hole; N is the number of experts, \"scale 1\" the paper to "
         "the letter.", "",
-        *table(["mtu", "seeds", *columns, "trained weights"], rows), "",
-        f"{pictures} drawings of {steps} steps per cell and seed, mean and spread. {source(found)}", ""]
+        *table(["mtu", "seeds", *MTU_COLUMNS, "trained weights"], rows), "",
+        f"{pictures} drawings of {steps} steps per cell and seed, mean and spread. {source(found)}", "",
+        *figure("mtu-router", "The weights of the experts in each layer, for each task, at both scales, as the first seed "
+                "learned them."),
+        *figure("mtu-loss", f"The loss on unseen scenes for each task, mean over the noise levels; lower is better. {SEEDS}"),
+        *figure("mtu-scores", f"The scores of the table above. {SEEDS}")]
 
 
 def in_domain() -> list[str]:
@@ -331,7 +354,16 @@ def in_domain() -> list[str]:
         "The applications of the trained domain: an edit of a mosaic, a picture from a map of edges, an object of voxels. "
         "Each column is explained at the top of `tests/benchmarks/indomain.py`.", "",
         *table(["application", "seeds", *applied], uses), "",
-        f"{first['pictures']} drawings of {first['steps']} steps per cell and seed, mean and spread. {source(found)}", ""]
+        f"{first['pictures']} drawings of {first['steps']} steps per cell and seed, mean and spread. {source(found)}", "",
+        *figure("indomain-style", "Captions drawn wholly right against the distance to the domain's style; up and to the left "
+                "is better. Decoupled: a line for each w_c, w_d beside the marks, after all steps. Of the other trained models, "
+                f"the steps of training stand beside the marks. {SEEDS}"),
+        *figure("indomain-frechet", f"The same against the Fréchet distance to true mosaics. {SEEDS}"),
+        *figure("indomain-steps", "Captions drawn wholly right (control) and the distance to the domain's style (fidelity) over "
+                "the steps of training, decoupled with w_d 2 and w_c 3, the others with guidance 5; at step 0 stands the base "
+                f"model. {SEEDS}"),
+        *figure("indomain-drift", "How far training moves the prediction for the null text, and how much of the guidance it "
+                f"forgets, over the steps; decoupled leaves the base model as it is. {SEEDS}")]
 
 
 def specialist() -> list[str]:
@@ -366,7 +398,9 @@ def specialist() -> list[str]:
         "drawings that look inverted or upside down though nobody asked; `inverted colors`, `vertical flip`: those that do so "
         "where the prompt asks for this transformation. \"renders\" are true pictures of the captions, \"rebuilt\" the same "
         "through the VAE, which no drawing can be better than; \"untouched\" is the model before training. The other rows are "
-        "explained in `tests/benchmarks/specialist.py`.", "", *lines, *sources, ""]
+        "explained in `tests/benchmarks/specialist.py`.", "", *lines, *sources, "",
+        *figure("specialist", "Captions drawn wholly right against the distance to the style, one figure for each style; up and "
+                f"to the left is better. The numbers beside the marks are steps of training. {SEEDS}")]
 
 
 def onediffusion() -> list[str]:
@@ -395,26 +429,42 @@ def onediffusion() -> list[str]:
         "in dB (from so many given pictures), abs_rel and delta1 of depth, degrees between normals, mIoU of labels, F1 of edges, "
         "whole: the share of captions that the judge finds wholly right; of cameras, the share within a part of the distance. "
         "`drawn`: of the drawings; `shuffled`: the same with another sample's condition, which must be worse; `reference`: what "
-        "the given picture itself scores, or for maps the exact map through the VAE.", "", *lines, *sources, ""]
+        "the given picture itself scores, or for maps the exact map through the VAE.", "", *lines, *sources, "",
+        *figure("onediffusion-tasks", "The first entry of the table on each task, beside the same with another sample's "
+                f"condition and the reference. {SEEDS}"),
+        *figure("onediffusion-entries", f"The entries of the table on the tasks that several of them have learned. {SEEDS}")]
 
 
 def onediffusion_scores(seeds: list[dict]) -> list[list[str]]:
     """A task's scores of each seed -> [name, drawn, shuffled, reference] of each score."""
-    names = [name for name in seeds[0] if not name.startswith(("shuffled", "copied", "through"))]
+    rows = []
+    for keys in onediffusion_keys(seeds[0]):
+        rows.append([keys[0], *(cell([row.get(key) for row in seeds]) for key in keys)])
+    return rows
+
+
+def onediffusion_keys(scores: dict) -> list[tuple]:
+    """A task's scores -> (its key, that of the same shuffled, that of its reference) of each score; None where absent."""
+    names = [name for name in scores if not name.startswith(("shuffled", "copied", "through"))]
     if "whole" in names:
         names = ["whole"]  # of its facts, each of which the judge reads too
-    rows = []
+    found = []
     for name in names:
         shuffled = [f"shuffled {name}", "shuffled"]  # its own, or one for the whole task
         if name.startswith("from "):
             shuffled.insert(0, name.replace("from ", "shuffled, "))
         reference = (f"through the VAE {name}", "copied")
-        cells = []
-        for options in ((name,), shuffled, reference):
-            chosen = next((option for option in options if option in seeds[0]), None)
-            cells.append(cell([row.get(chosen) for row in seeds]))
-        rows.append([name, *cells])
-    return rows
+        keys = [name]
+        for options in (shuffled, reference):
+            keys.append(next((option for option in options if option in scores), None))
+        found.append(tuple(keys))
+    return found
+
+
+def speed(row: dict) -> float:
+    """How fast a work is, as a multiple of the first one of its comparison."""
+    value, = [value for name, value in row.items() if name.startswith("speed over ")]
+    return value
 
 
 def networks() -> list[str]:
@@ -422,13 +472,13 @@ def networks() -> list[str]:
         "## Whole networks beside diffusers", "",
         "`network`: the program in this folder, the model (tiny or SDXL in full size), the side of the picture in pixels, "
         "the type of the numbers, and what computes. `ms`: milliseconds for one call, processor time of one thread on a "
-        "CPU, time on a GPU. `speed`: diffusers' time over this row's. `GEMM rate`: the share of the speed of one large "
+        "CPU, time on a GPU. `speed`: diffusers' time over this row's (tiny step: over that as trained). `GEMM rate`: the share of the speed of one large "
         "matrix product, measured in the same run, that the network reaches. `peak memory`: the most that a training step "
         "held, of the whole process on a CPU; empty where it was not measured. \"minipic graph\" is what sample.py does on "
         "a GPU, \"plain norms\" has PyTorch's norms in place of minipic's kernels, \"PyTorch's attention\" its attention "
         "in place of minipic's.", ""]
     rows, sources = [], []
-    programs = ("unet_step", "vae", "train_step", "picture")
+    programs = ("unet_step", "vae", "train_step", "tiny_step", "picture")
     for name in (*programs, *(f"{program}-gpu" for program in programs)):
         found = read(name)
         if found is None:
@@ -438,7 +488,7 @@ def networks() -> list[str]:
         for case, ways in found["results"].items():
             for way, row in ways.items():
                 memory = f"{row['peak GB']:.1f} GB" if "peak GB" in row else ""
-                rows.append([f"{program}: {case}, {way}", f"{row['ms']:.1f}", f"{row['speed over diffusers']:.2f}",
+                rows.append([f"{program}: {case}, {way}", f"{row['ms']:.1f}", f"{speed(row):.2f}",
                              f"{row['share of GEMM rate']:.2f}", memory])
     return [*lines, *table(["network", "ms", "speed", "GEMM rate", "peak memory"], rows), "",
             "Not yet measured on a GPU: diffusers compiled, and the programs without a row. " + " ".join(sources), ""]
