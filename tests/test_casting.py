@@ -142,6 +142,7 @@ def test_a_lora_trains_the_same_on_it(capabilities, tmp_path, monkeypatch):
     assert sum((x - files[1][name]).abs().sum() for name, x in files[0].items()) < 0.01 * learnt
 
 
+@pytest.mark.slow
 def test_a_lora_from_a_file_computes_in_fp32(tmp_path):
     build(folder=tmp_path).save(tmp_path, torch.float16)
     name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"

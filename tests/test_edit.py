@@ -88,6 +88,7 @@ def test_final_latents_equal_diffusers(case):
     assert_same(final64(load64(path), **settings), expected)
 
 
+@pytest.mark.slow
 def test_official_inpainting_says_how_its_weights_were_averaged():
     averaging = {  # by diffusers' EMAModel.save_pretrained
         "decay": 0.9999, "inv_gamma": 1.0, "min_decay": 0.0, "optimization_step": 37000, "power": 0.6667,

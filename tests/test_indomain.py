@@ -661,6 +661,7 @@ def run(paper_flags: list, out: Path) -> int:
                            "--warmup", "0", "--out", str(out), *map(str, paper_flags)])
 
 
+@pytest.mark.slow
 def test_pictures_need_no_captions(photos, tmp_path):
     assert run(["--data", photos, "--ema", "0"], tmp_path / "run") == 0
     tensors = read_weights(tmp_path / "run" / "model" / "domain.safetensors")

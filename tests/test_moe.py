@@ -335,6 +335,7 @@ def test_a_task_must_be_selected_and_known_and_a_unet_upcycled_once():
         upcycle(unet, TASKS, 2)
 
 
+@pytest.mark.slow
 def test_pictures_are_for_all_but_t2i_or_for_those_named():
     for pictures, expected in ((None, [4, 8, 8, 8]), (("sr", "t2i"), [8, 4, 8, 4]), ((), [4, 4, 4, 4])):
         unet = tiny.build().unet

@@ -376,6 +376,7 @@ def test_sources_fill_the_given_places_in_their_order(flags, places, trained, mo
         torch.testing.assert_close(seen[0][place], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_lora_starts_as_the_network_and_is_drawn_on_it(trained, tmp_path):
     flags = f"--model {tiny.folder()} --start {trained} --tasks depth2image --scenes 2 --batch 2 --precision fp32"
     flags += " --lora-rank 2 --ema 0 --warmup 0 --sample-every 0 --lr 0 --steps 1"
@@ -505,6 +506,8 @@ def test_own_folders_with_mistakes_are_refused(names, words):
     ("--task multiview --camera 1", "--camera: 1: expected degrees of azimuth and elevation"),
     ("--task multiview --camera 1,90", "the elevation must be between -90 and 90"),
     ("--task multiview --source a.png --camera 0,0", "--source: 1 pictures leave no view of 1 to draw"),
+    ("--task multiview --source a.png --source b.png", "--source: 2 pictures leave no view of 2 to draw"),
+    ("--task multiview --views 0", "--source: 0 pictures leave no view of 0 to draw"),
     ("--task depth2image --camera 1,2", "--camera: only multiview follows cameras"),
     ("--task text2image --size 60x64", "--size: 60x64: width and height must be multiples of 8"),
     ("--task multiview --size 64x96", "--size: 64x96: views must be square"),
@@ -568,8 +571,10 @@ def test_a_toy_run_of_the_benchmark_is_kept_and_not_repeated(tmp_path):
     flags = ["--size", "toy", "--model", str(tiny.folder()), "--runs", str(tmp_path), "--only", "all tasks"]
     lines = []
     program.main(flags, lines.append)
-    row, = json.loads((tmp_path / "toy.json").read_text())["results"]
-    assert row["name"] == "all tasks" and len(lines) == 1
+    row, then = json.loads((tmp_path / "toy.json").read_text())["results"]
+    assert row["name"] == "all tasks" and len(lines) == 2
+    assert then["name"] == "all tasks, then shift 3" and then["steps of training"] == 2 + 1
+    assert then["made"]["flags"] == row["made"]["flags"] and "--shift" in then["made"]["then"]
     names = {"text2image", "deblurring", "super_resolution", "image_inpainting", "image_editing", "subject_driven",
              "multiview", "camera_pose", "joint", "composed"}
     for kind in ("depth", "normals", "semanticmap", "boundingbox", "canny"):
@@ -577,7 +582,7 @@ def test_a_toy_run_of_the_benchmark_is_kept_and_not_repeated(tmp_path):
     assert set(row["scores"]) == names
     assert row["scores"]["deblurring"]["copied"] > row["scores"]["deblurring"]["PSNR"]
     program.main(flags, lines.append)
-    assert len(lines) == 1  # nothing was left to do
+    assert len(lines) == 2  # nothing was left to do
 
 
 @pytest.mark.slow

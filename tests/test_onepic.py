@@ -504,7 +504,7 @@ def test_canvases_of_several_given_pictures(count):
         assert torch.equal(onepic.wanted_panel(canvas, places, "side"), wanted)
 
 
-@pytest.mark.parametrize("layout", onepic.LAYOUTS)
+@pytest.mark.parametrize("layout", ["side", pytest.param("interlaced", marks=pytest.mark.slow)])
 def test_batches_of_a_subject_have_its_references(layout):
     config = config_of(task="subject,edges", references=3, scenes=14, layout=layout)
     pipeline = onepic.build(config)
@@ -605,6 +605,7 @@ RESNETS = {  # of SDXL: (channels in, channels out): how many
     (1920, 640): 1, (1280, 640): 1, (960, 640): 1, (960, 320): 1, (640, 320): 2}
 
 
+@pytest.mark.slow
 def test_weights_to_train_in_sdxl():
     """46.4 million of attention and 98.4 of all blocks, at rank 32: a layer has rank * (kernel * in + out)."""
     widths = 10 * [640] + 60 * [1280]  # of the transformer blocks
@@ -770,6 +771,7 @@ def test_a_wrong_flag_is_one_sentence(flags, words, trained, untrained, tmp_path
     assert error.startswith("sample.py: ") and error.count("\n") == 1 and words in error
 
 
+@pytest.mark.slow
 def test_a_file_from_before_the_renames_is_found_and_drawn_with(trained, tmp_path):
     """It says only how it was trained: its metadata has no "paper", no layout and no tasks."""
     new, old = trained / "model" / "lora.safetensors", tmp_path / "model" / "lora.safetensors"

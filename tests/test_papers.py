@@ -247,6 +247,20 @@ def test_a_mistake_is_one_sentence(flags, words, trained, capsys):
     assert not Path("pictures/picture.png").exists()
 
 
+def test_an_adapter_given_as_the_model_is_told_so(trained, capsys):
+    assert sample.main([PROMPT, "--model", str(trained / "model"), "--strength-of-toy", "2"]) == 2
+    assert capsys.readouterr().err == (
+        f"sample.py: --model: {trained / 'model'} is no model but was made by train.py toy; give it with --adapter\n")
+
+
+def test_an_adapter_in_the_folder_one_stands_in_is_no_model(trained, monkeypatch, tmp_path):
+    for file in (trained / "model").glob("*.safetensors"):
+        shutil.copyfile(file, tmp_path / file.name)
+    monkeypatch.chdir(tmp_path)
+    config, paper = sample.read_flags([PROMPT])
+    assert config.model == "weights/tiny" and paper is None
+
+
 def test_an_adapter_may_lie_among_other_files(trained, tmp_path):
     shutil.copytree(trained / "model", tmp_path / "folder")
     save_weights({"a": torch.zeros(2)}, tmp_path / "folder" / "a.safetensors")

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 import toy_recipe
+from torch.distributed.fsdp import FSDPModule
 from toy_recipe import (  # noqa: F401 - a fixture
     apart, at, finish, hashes, one_thread, start_toys, start_training, toy, until)
 
@@ -22,7 +23,7 @@ from minipic.layers.blocks import ResnetBlock
 from minipic.models.unet import SD15, SDXL_BASE, TransformerBlock, UNet, UNetConfig
 from minipic.pipeline import Pipeline
 from minipic.training.checkpoint import complete_checkpoints, find_damage
-from minipic.training.fsdp import FSDPModule, blocks_to_shard, whole_parameters
+from minipic.training.fsdp import blocks_to_shard, whole_parameters
 from minipic.training.processes import Loss, distribute
 from minipic.training.run import lasting_output
 from minipic.weights.layouts import build_empty

@@ -16,7 +16,7 @@ from PIL import Image
 
 import train
 from minipic import latents
-from minipic.common import rng
+from minipic.common import ParameterError, rng
 from minipic.papers import PAPERS
 from minipic.pipeline import Pipeline
 from minipic.recipes import clip, t2i, vae
@@ -24,7 +24,7 @@ from minipic.training.flags import from_argv
 from minipic.training.settings import DenoisingSettings
 from minipic.weights import read_weights
 from minipic.world.caption import parse
-from minipic.world.pictures import KINDS, Picture, compose
+from minipic.world.pictures import KINDS, Picture, compose, compose_counted
 from minipic.world.scene import is_held_out, render
 from minipic.world.tasks import TASKS
 
@@ -78,6 +78,28 @@ def test_captions_fit_and_parse():
         text = picture.caption(rng(0, i))
         parts = text.removeprefix("two panels: ").split(" | ")
         assert len(parts) == len(picture.scenes) and all(parse(part).things for part in parts)
+
+
+def test_pictures_and_captions_of_old_are_what_they_were():
+    """Recorded numbers and trained weights depend on them, also the few that name equal things."""
+    captions = [compose(0, i).caption(rng(0, "caption", i)) for i in (0, 1, 205)]
+    assert captions == [
+        "a small orange cylinder and a large blue and cyan checkered sphere",
+        "a medium green cone right of a tiny orange cone and right of a small red torus on a grey floor",
+        "two panels: a small yellow cylinder to the left of a tiny yellow cylinder, and a medium striped cone | "
+        "a picture of a small green cylinder and a white cone in the middle on a grey floor at sunset"]
+
+
+def test_counted_pictures_are_another_set_of_the_same_kinds():
+    pictures = [compose_counted(3, i) for i in range(60)]
+    assert pictures[:3] == [compose_counted(3, i) for i in range(3)] and not set(pictures) & set(PICTURES)
+    assert {picture.kind for picture in pictures} == set(KINDS)
+    for i, picture in enumerate(pictures):
+        parts = picture.caption(rng(3, i)).removeprefix("two panels: ").split(" | ")
+        for scene, part in zip(picture.scenes, parts, strict=True):
+            shapes = [o.shape for o in scene.objects]
+            assert len(parse(part).things) == len(shapes) > len(set(shapes))
+    assert {len(scene.objects) for i in range(9) for scene in compose_counted(3, i, objects=3).scenes} == {3}
 
 
 @pytest.mark.slow
@@ -136,6 +158,7 @@ def test_facts_of_a_caption_are_the_answers_to_its_questions():
     assert said == {0: "red", 1: "blue", 2: "torus", 3: "small", 4: "striped", 8: "cube", 18: "left", 20: "pink",
                     22 + 2: "cone", 22 + 21: "night"}
     assert len(facts) == len(clip.ANSWERS) == 44 and not any(clip.facts_of("an object"))
+    assert clip.facts_of("two red cubes and a cone") == clip.facts_of("a red cube, a red cube and a cone")
 
 
 def test_clip_learns_the_facts_that_contrast_leaves(towers):
@@ -171,6 +194,38 @@ def test_siblings_differ_in_one_thing_and_hold_no_unseen_pair():
             assert sum(a != b for a, b in pairs) <= 1 and not any(is_held_out(b) for _, b in pairs)
             changed += other != first
     assert changed > 40  # of 60; panels have none
+
+
+def test_counted_families_are_three_things_and_the_same_without_each():
+    for family in range(0, 80, clip.FAMILY):
+        first, *others = (clip.counted_picture(3, family + i) for i in range(clip.FAMILY))
+        assert first == compose_counted(3, family, objects=3)
+        objects = first.scenes[0].objects
+        fewer = [objects[1:], objects[::2], objects[:2]]
+        if first.kind == "panels":
+            fewer = [objects] * 3
+        assert [other.scenes[0].objects for other in others] == fewer
+        assert all(replace(other, scenes=first.scenes) == first for other in others)
+
+
+def test_a_share_of_the_pictures_of_clip_are_counted(tmp_path, towers):
+    config = clip.Settings(out=str(tmp_path), vocabulary=1024, scenes=42, counts=0.15)
+    data = clip.data(towers, config)
+    assert data.pictures[:8] == [clip.counted_picture(0, i) for i in range(8)]  # 1.5 of 10 families, rounded
+    assert data.pictures[8:] == [clip.family_picture(0, i) for i in range(34)]
+    assert data.images.shape == (42, 3, 64, 64)
+    none = clip.data(towers, replace(config, counts=0.0, scenes=12))
+    assert none.pictures == [clip.family_picture(0, i) for i in range(12)]
+    few = clip.data(towers, replace(config, counts=0.99, scenes=9)).pictures  # one family stays ordinary
+    assert few[:4] == [clip.counted_picture(0, i) for i in range(4)]
+    assert few[4:] == [clip.family_picture(0, i) for i in range(5)]
+    batch = data.batch(0, range(8))
+    assert len(batch["facts"]) == 8 and batch["facts"].shape == (8, 44)
+    tokenizer = clip.build(replace(config, counts=0.5)).tokenizers[0]
+    length = (tokenizer(["two spheres"]) == tokenizer.end).int().argmax()
+    assert length == 3  # the start and a token for each word
+    with pytest.raises(ParameterError, match="counts: must be below 1, not 1.0; try 0.15"):
+        clip.Settings(counts=1.0)
 
 
 def test_a_vocabulary_left_by_another_run_is_not_taken(tmp_path):
@@ -249,6 +304,7 @@ def test_pictures_are_encoded_in_bf16_only_where_that_is_fast(fast, monkeypatch)
     assert seen == [torch.bfloat16 if fast else torch.float32]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_share_of_the_samples_are_aligned_panels(monkeypatch):
     """Each half is the latent of its own picture, and the caption has ONE-PIC's words."""
@@ -281,6 +337,23 @@ def test_a_share_of_the_samples_are_aligned_panels(monkeypatch):
 
 
 @torch.no_grad()
+def test_a_share_of_the_samples_count_alike_things():
+    pipeline = Pipeline.load(tiny.folder())
+    config = t2i.Settings(scenes=40, counts=0.15, panels=0.2, caption_dropout=0.0)
+    data = t2i.data(pipeline, config)
+    assert data.pictures[:26] == [compose(0, i) for i in range(26)]
+    assert data.pictures[26:32] == [compose_counted(0, i) for i in range(6)]
+    assert {picture.size for picture in data.pictures[32:]} == {(64, 128)}  # the panels
+    assert sorted(row for rows in data.buckets.values() for row in rows) == list(range(40))
+    rows = [row for step in range(300) for row in data.batch(step, range(4 * step, 4 * step + 4))["rows"]]
+    assert abs(sum(26 <= row < 32 for row in rows) / 1200 - 0.15) < 0.05
+    without = t2i.data(pipeline, replace(config, counts=0.0, panels=0.0))
+    assert without.pictures == [compose(0, i) for i in range(40)]
+    few = t2i.data(pipeline, replace(config, scenes=2, counts=0.5, panels=0.4))
+    assert few.pictures[0] == compose(0, 0) and few.pictures[1].size == (64, 128)
+
+
+@torch.no_grad()
 def test_panels_leave_one_ordinary_picture(monkeypatch):
     monkeypatch.setattr(latents, "computes_bf16", lambda device: False)
     data = t2i.data(Pipeline.load(tiny.folder()), t2i.Settings(precision="fp32", scenes=2, panels=0.9))
@@ -289,8 +362,11 @@ def test_panels_leave_one_ordinary_picture(monkeypatch):
 
 @pytest.mark.parametrize("flags, words", [
     ("--panels 1", "--panels: must be below 1, not 1.0"), ("--panels -0.1", "--panels: must be at least 0"),
-    ("--panels 0.5 --data photos", "--panels: are pictures of the world; leave data out")])
-def test_panels_that_cannot_be_trained_on_are_refused(flags, words, capsys, tmp_path):
+    ("--panels 0.5 --data photos", "--panels: are pictures of the world; leave data out"),
+    ("--counts 1", "--counts: must be below 1, not 1.0; try 0.15"), ("--counts -1", "--counts: must be at least 0"),
+    ("--counts 0.15 --data photos", "--counts: are pictures of the world; leave data out"),
+    ("--counts 0.15 --panels 0.9", "--counts: must be below 0.1, what panels leave, not 0.15")])
+def test_panels_and_counts_that_cannot_be_trained_on_are_refused(flags, words, capsys, tmp_path):
     assert train.main(["t2i", *flags.split(), "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("train.py: ") and error.count("\n") == 1 and words in error
@@ -313,8 +389,9 @@ def test_t2i_loss_is_the_weighted_noise_error(tmp_path):
     torch.testing.assert_close(t2i.loss(pipeline, batch, config), expected.float(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd15"])
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind, bf16", [
+    ("sdxl", False), ("sd15", True), pytest.param("sdxl", True, marks=pytest.mark.slow),
+    pytest.param("sd15", False, marks=pytest.mark.slow)])
 def test_texts_from_the_cache_are_bit_for_bit_those_encoded_in_every_step(kind, bf16, monkeypatch):
     pipeline, config = tiny.build(kind), t2i.Settings(scenes=40, batch=16, caption_dropout=0.4)
     data = t2i.data(pipeline, config)

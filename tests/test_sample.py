@@ -90,7 +90,7 @@ def test_nothing_is_overwritten():
     assert same("cat.png", drawn(seed=1)[0]) and same("cat-0002.png", drawn(seed=2)[0])
 
 
-@pytest.mark.parametrize("ending", ["jpg", "JPEG", "webp"])
+@pytest.mark.parametrize("ending", [pytest.param("jpg", marks=pytest.mark.slow), "JPEG", "webp"])
 def test_the_ending_of_out_decides_the_format(ending, capsys):
     assert run(PROMPT, "--n", "1", "--out", f"cat.{ending}") == 0
     assert run(PROMPT, "--n", "2", "--out", f"cat.{ending}") == 0

@@ -133,6 +133,7 @@ def test_operations_are_the_official_ones(name, operation):
     assert set(OFFICIAL.values()) == set(specialist.OPERATIONS)
 
 
+@pytest.mark.slow
 def test_a_half_of_the_pictures_is_changed_and_their_captions_say_how(settings):
     pipeline, data = build(settings())
     assert len(data.pictures) == 27 and len(data.latents) == 27
@@ -623,6 +624,7 @@ def test_a_run_with_all_that_is_random_goes_on_with_the_same_bits(run):
     assert all(torch.equal(x, again[name]) for name, x in whole.items())
 
 
+@pytest.mark.slow
 def test_the_sample_shows_the_style(run, monkeypatch):
     prompts = []
     prepare = Pipeline.prepare

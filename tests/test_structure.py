@@ -4,6 +4,7 @@ import argparse
 import ast
 import importlib
 import json
+import math
 import re
 import runpy
 import shlex
@@ -35,6 +36,7 @@ FLOORS = [  # a room imports only from floors below its own, and from itself
     ["recipes", "papers"],
 ]
 TRITON = ["minipic/kernels/flash_attention.py", "minipic/kernels/norms.py"]
+SLOW_TO_IMPORT = {"torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "torch._inductor"}
 PACKAGES = {"torch", "numpy", "PIL", "safetensors", "tokenizers", "tqdm", "minipic"}
 
 PROGRAMS = [path for path in sorted((ROOT / "tests" / "benchmarks").glob("*.py"))
@@ -97,7 +99,7 @@ def banned(path, nodes):
         top = name.split(".")[0]
         own = {"triton"} if path in TRITON else set()  # comes with PyTorch for CUDA
         if not path.startswith("minipic/"):
-            own = {"train", "sample", "quality", "record", "lesson", "coursework"}  # programs here, which others may run
+            own = {"train", "sample", "adapters", "quality", "record", "lesson", "coursework"}  # programs here, which others may run
         if top == "pickle" or top not in PACKAGES | own | sys.stdlib_module_names:
             yield f"{path}:{line} imports {name}"
     for node in ast.walk(nodes):
@@ -199,6 +201,14 @@ def test_recipes_do_not_import_each_other():
         assert not recipes & {name for name, _ in imports(path, tree(path))}, path
 
 
+@pytest.mark.parametrize("path", PACKAGE)
+def test_no_program_starts_late_for_what_few_runs_need(path):
+    """These take half a second and more: only the functions that need them import them."""
+    for node in tree(path).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            assert not SLOW_TO_IMPORT & {name for name, _ in imports(path, node)}, f"{path}:{node.lineno}"
+
+
 def test_nothing_banned_is_written():
     assert [fault for path in SOURCES for fault in banned(path, tree(path))] == []
 
@@ -249,6 +259,21 @@ def test_every_column_of_the_results_is_explained():
             if next_line.startswith("| ---"):
                 for column in line.strip("| ").split(" | "):
                     assert re.search(rf"\b{re.escape(column)}\b", prose, re.I), f"{lines[0]}: {column}"
+
+
+def test_counted_captions_are_explained_where_they_were_measured(monkeypatch):
+    found = report.read("quality")
+    results = found["results"]
+    results.pop("counted", None)
+    monkeypatch.setattr(report, "read", lambda name: found)
+    assert "counted" not in "\n".join(report.quality())  # results from before this set was added
+    row = {**results["two objects"][0], "count": 0.25, "place": math.nan, "relation": math.nan}
+    results |= {"renders, counted": [row], "counted": [row, {**row, "count": 0.75}]}
+    text = "\n".join(report.quality())
+    assert '"counted" ones count alike things: "two red cubes".' in text
+    line, = (line for line in text.splitlines() if line.startswith("| counted |"))
+    cells = line.strip("| ").split("|")
+    assert cells[5].strip() == cells[6].strip() == "" and cells[9].strip() == "0.500 ±0.500"
 
 
 def test_scores_of_onediffusion_stand_beside_their_shuffled_and_reference_scores():

@@ -20,6 +20,7 @@ import toy_recipe
 from PIL import Image
 from safetensors.torch import load_file
 from test_papers import CONTRACT, RECIPE_CONTRACT
+from torch.distributed.fsdp import FSDPModule
 from toy_recipe import at, hashes, one_thread, toy  # noqa: F401 - a fixture
 
 import train
@@ -30,7 +31,6 @@ from minipic.training import checkpoint
 from minipic.training.checkpoint import complete_checkpoints
 from minipic.training.export import check_overwriting, clear_leftovers, exporting, owner_word
 from minipic.training.flags import describe_field, from_argv, option
-from minipic.training.fsdp import FSDPModule
 from minipic.training.lock import locked
 from minipic.training.optimizer import EMA, build_optimizer, learning_rate, set_learning_rate
 from minipic.training.processes import sample_indices

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -17,7 +18,7 @@ from minipic.recipes import clip
 from minipic.training import workers
 from minipic.training.workers import in_order
 from minipic.weights import read_weights
-from minipic.world.pictures import compose
+from minipic.world.pictures import compose, compose_counted
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -55,7 +56,8 @@ def test_pictures_drawn_and_t2i_trained_with_workers_are_the_same(tmp_path):
     trained = []
     for number in (0, 2):
         out = tmp_path / f"{number}"
-        flags = ["--out", out, "--workers", number, "--model", tiny.folder(), "--steps", 3, "--batch", 4, "--scenes", 130]
+        flags = ["--out", out, "--workers", number, "--model", tiny.folder(), "--steps", 3, "--batch", 4]
+        flags += ["--scenes", 130, "--counts", 0.3]
         assert train.main(["t2i", *map(str, flags), "--precision", "fp32", "--sample-every", "0"]) == 0
         trained.append(read_weights(at(out, 3) / "model.safetensors"))
     assert trained[0].keys() == trained[1].keys()
@@ -64,11 +66,12 @@ def test_pictures_drawn_and_t2i_trained_with_workers_are_the_same(tmp_path):
 
 @pytest.mark.slow
 def test_the_world_is_the_same_with_workers(tmp_path):
-    config = clip.Settings(scenes=70, workers=2, out=str(tmp_path))
+    config = clip.Settings(scenes=70, counts=0.3, workers=2, out=str(tmp_path))
     assert latents.world_pictures(config, 20) == [compose(0, i) for i in range(20)]
+    assert latents.world_pictures(config, 9, counted=True) == [compose_counted(0, i) for i in range(9)]
     towers = clip.build(config)
     images = clip.CaptionData(towers, config).images
-    assert images.equal(clip.CaptionData(towers, clip.Settings(scenes=70, out=str(tmp_path))).images)
+    assert images.equal(clip.CaptionData(towers, replace(config, workers=0)).images)
 
 
 @pytest.mark.parametrize("error", [InputError("bad.png: is no picture"), OSError("bad.png: is no picture")])

@@ -4,6 +4,7 @@ SDXL base, its refiner and SD 1.5 in miniature.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import tempfile
@@ -78,11 +79,14 @@ INDEX = {
 
 
 def build(kind: str = "sdxl", folder: Path | None = None, **schedule) -> Pipeline:
-    """A Pipeline of this kind, written to `folder` (a temporary one if left out) and loaded again.
+    """A Pipeline of this kind for a test to change: written to `folder` and loaded again, or, which
+    is quicker, a copy of `model(kind)`.
 
-    schedule: fields of Schedule.
+    schedule: fields of Schedule, only with a folder.
     """
-    folder = Path(folder or tempfile.mkdtemp())
+    if folder is None:
+        assert not schedule
+        return copy.deepcopy(model(kind))
     unet = UNet(UNetConfig(sample_size=16, norm_num_groups=8, **UNETS[kind]))
     networks = {"unet": unet, "vae": VAE(VAE_CONFIG)}
     tokenizers = {}
