@@ -17,6 +17,8 @@ from lesson import Lesson
 
 lesson = Lesson("P5_specialist")
 
+import contextlib
+import io
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -69,7 +71,8 @@ def start(config: specialist.Settings):
     params = specialist.setup(pipeline, config)
     for param in params:
         param.requires_grad_(True)
-    return pipeline, params, specialist.data(pipeline, config)
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports on the folder every time
+        return pipeline, params, specialist.data(pipeline, config)
 
 
 # %% [markdown]

@@ -224,7 +224,7 @@ def measure_bands(path: Path, seeds: int):
 
 
 def processor() -> str:
-    """The kind of this processor, and which instructions for bf16 it has: what rounding depends on."""
+    """The kind of this processor and its instructions for bf16: what rounding depends on."""
     sys.path.insert(0, str(FOLDER.parent))
     from minipic.common import cpu_has  # here, because PyTorch takes seconds to be imported
     has = [name for name in ("avx512_bf16", "amx_tile") if cpu_has(name)]

@@ -250,8 +250,9 @@ MERGE_STUB = '''
 def merge_word(word, merges):
     """The tokens of a word by byte-pair encoding, a list of texts.
 
-    The word begins as its letters, the last one with "</w>" after it. Of all pairs of neighbours, that which comes
-    first in `merges` is joined, wherever it stands, from left to right. This is repeated until no pair is in `merges`.
+    The word begins as its letters, the last one with "</w>" after it. Of all pairs of neighbours,
+    that which comes first in `merges` is joined, wherever it stands, from left to right. This is
+    repeated until no pair is in `merges`.
 
     merges: [(first, second), ...], no pair twice.
     """
@@ -460,7 +461,8 @@ ALTERNATES = {  # {number: [another right body, ...]}
     "A1.2": [
         """
         shape = *x.shape[:2], self.heads, x.shape[2] // self.heads
-        q, k, v = (projection(x).view(shape) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (projection(x).view(shape) for projection in projections)
         out = attention(q, k, v, causal, backend="naive")
         return self.out_proj(out.reshape(x.shape))
         """

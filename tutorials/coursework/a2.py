@@ -233,10 +233,11 @@ def preview_cases(random):
 
 PREVIEW_STUB = '''
 def fit_preview(latents, pictures):
-    """The linear map from latents to colours that fits best: latents [B,4,h,w], pictures [B,3,h,w] -> [3,4] and [3].
+    """The linear map from latents to colours that fits best.
 
-    With weight [3,4] and bias [3] the colour of a pixel is weight @ latent + bias. Of all such maps, theirs has the
-    smallest sum of squared errors over all pixels of all pictures.
+    latents [B,4,h,w], pictures [B,3,h,w] -> weight [3,4] and bias [3]. With them the colour of a
+    pixel is weight @ latent + bias. Of all such maps, theirs has the smallest sum of squared errors
+    over all pixels of all pictures.
     """
 '''
 SCALE_STUB = '''
@@ -476,7 +477,8 @@ ALTERNATES = {  # {number: [another right body, ...]}
     "A2.6": [
         """
         from_left = torch.arange(1, length + 1, device=device) - 0.5
-        return torch.stack([from_left, from_left.flip(0), torch.full_like(from_left, border)]).amin(0)
+        borders = torch.full_like(from_left, border)
+        return torch.stack([from_left, from_left.flip(0), borders]).amin(0)
         """
     ],
 }

@@ -326,9 +326,10 @@ def check_rescale(rescale):
 '''
 ADAMS_STUB = '''
 def adams_bashforth(denoise, x, sigmas, noise=None):
-    """The two-step Adams-Bashforth method in sigma; yields (x, x0) after every step, as samplers.euler does.
+    """The two-step Adams-Bashforth method in sigma.
 
-    denoise(x, sigma) -> x0; x [B,...] starts at level sigmas[0]; sigmas [n+1] falls. `noise` is not used.
+    It yields (x, x0) after every step, as samplers.euler does. denoise(x, sigma) -> x0; x [B,...]
+    starts at level sigmas[0]; sigmas [n+1] falls. `noise` is not used.
     """
 '''
 
@@ -564,7 +565,8 @@ ALTERNATES = {  # {number: [another right body, ...]}
         """
         pairs = list(terms)
         rest = 1 - sum(weight for weight, _ in pairs)
-        return rest * uncond + sum((weight * prediction for weight, prediction in pairs), torch.zeros_like(uncond))
+        parts = (weight * prediction for weight, prediction in pairs)
+        return rest * uncond + sum(parts, torch.zeros_like(uncond))
         """,
     ],
     "A4.2": [
@@ -669,10 +671,9 @@ ORACLES = {
 
 VARIANTS = {
     "ralston": {
-        "text": "A4.3 is Ralston's method instead of Heun's. The trial step goes only two thirds of the way, to the "
-        "noise level there. The step is then taken with a quarter of the first slope and three "
-        "quarters of "
-        "the second.",
+        "text": "A4.3 is Ralston's method instead of Heun's. The trial step goes only two thirds "
+        "of the way, to the noise level there. The step is then taken with a quarter of the first "
+        "slope and three quarters of the second.",
         "replace": [
             ("A4.3", "ahead = x + slope * step", "ahead = x + slope * step * 2 / 3"),
             (

@@ -290,8 +290,8 @@ GROWN_STUB = '''
 def check_grown(forward):
     """Return True if `GrownEmbedding.forward` does what its class says, and False if it does not.
 
-    Make a GrownEmbedding and call it on ids: it computes by `forward`, which is sometimes wrong. See
-    minipic/layers/embedding.py. An error counts as False.
+    Make a GrownEmbedding and call it on ids: it computes by `forward`, which is sometimes wrong.
+    See minipic/layers/embedding.py. An error counts as False.
     """
 '''
 
@@ -491,8 +491,9 @@ ALTERNATES = {  # {number: [another right body, ...]}
     ],
     "A5.2": [
         """
-        product = torch.einsum(
-            "or,r,ri->oi", self.lora_B.weight.flatten(1), self.factor.to(self.lora_B.weight), self.lora_A.weight.flatten(1))
+        b = self.lora_B.weight.flatten(1)
+        a = self.lora_A.weight.flatten(1)
+        product = torch.einsum("or,r,ri->oi", b, self.factor.to(b), a)
         return product.reshape(self.weight.shape).to(self.weight)
         """
     ],
@@ -501,7 +502,8 @@ ALTERNATES = {  # {number: [another right body, ...]}
         numbers = []
         for scaling in self.scalings.values():
             numbers += [scaling.scale * scaling.alpha / scaling.rank] * scaling.rank
-        self.register_buffer("factor", torch.tensor(numbers, device=self.weight.device), persistent=False)
+        factor = torch.tensor(numbers, device=self.weight.device)
+        self.register_buffer("factor", factor, persistent=False)
         """
     ],
     "A5.4": [
@@ -515,7 +517,8 @@ ALTERNATES = {  # {number: [another right body, ...]}
                 alpha = rank * layer.factor[0].cpu()
             else:
                 b = b * layer.factor.view(1, -1, *[1] * (b.ndim - 2))
-            found |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b, f"{path}.alpha": alpha}
+            found |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+            found[f"{path}.alpha"] = alpha
         return found
         """
     ],
@@ -530,12 +533,14 @@ ALTERNATES = {  # {number: [another right body, ...]}
         rows = x.shape[0]
         t = torch.as_tensor(t, device=x.device)
         t = t.repeat(rows) if t.ndim == 0 else t
-        temb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
+        waves = timestep_embedding(t, self.config.block_out_channels[0])
+        temb = self.time_embedding(waves.to(x.dtype))
         if not self.config.addition_embed_type:
             return temb
         parts = [pooled]
         for i in range(size_ids.shape[1]):
-            parts.append(timestep_embedding(size_ids[:, i], self.config.addition_time_embed_dim).to(pooled.dtype))
+            waves = timestep_embedding(size_ids[:, i], self.config.addition_time_embed_dim)
+            parts.append(waves.to(pooled.dtype))
         return temb + self.add_embedding(torch.cat(parts, dim=1).to(x.dtype))
         """
     ],

@@ -316,15 +316,17 @@ MERGE_STUB = '''
 def merge_parts(out1, lse1, out2, lse2):
     """Attention over all keys, from attention over the first ones and over the others.
 
-    out1, out2 [B,N,h,d] and their log-sum-exps in units of log 2, lse1 and lse2 [B,h,N], as the forward kernel gives them
-    -> (out, lse) over all keys. Scores may be in the thousands: nothing may overflow.
+    out1, out2 [B,N,h,d] and their log-sum-exps in units of log 2, lse1 and lse2 [B,h,N], as the
+    forward kernel gives them -> (out, lse) over all keys. Scores may be in the thousands: nothing
+    may overflow.
     """
 '''
 NAIVE_STUB = '''
 def check_naive(naive):
-    """Return True if `naive` does what `attention` in minipic/layers/attention.py promises, and False if it does not.
+    """Return whether `naive` does what `attention` in minipic/layers/attention.py promises.
 
-    naive(q, k, v, causal, mask, softcap); mask None and softcap 0 are none. An error counts as False.
+    naive(q, k, v, causal, mask, softcap); mask None and softcap 0 are none. An error counts as
+    False.
     """
 '''
 
@@ -565,10 +567,12 @@ ALTERNATES = {  # {number: [another right body, ...]}
             cols = start + tl.arange(0, BLOCK_K)
             keys = load_tokens(k, stride_kn, cols, m, dims)
             values = load_tokens(v, stride_vn, cols, m, dims)
-            powers = tl.exp2(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale * LOG2E - ends[:, None])
+            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+            powers = tl.exp2(scores * scale * LOG2E - ends[:, None])
             powers = tl.where(cols[None, :] < m, powers, 0.0)
             dpowers = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
-            total += tl.dot(powers * (dpowers - sums[:, None]) * scale, keys, input_precision=PRECISION)
+            dscores = powers * (dpowers - sums[:, None]) * scale
+            total += tl.dot(dscores, keys, input_precision=PRECISION)
         store_tokens(dq, stride_dqn, rows, n, dims, total)
         """
     ],
@@ -608,9 +612,11 @@ RUNS_APART = True  # a kernel with a mistake may write anywhere in memory
 
 EQUIVALENT = {  # {number: {change: why it is no mistake}}
     "A6.4": {
-        "False -> True": "the numbers that are then read for queries that do not exist end in rows that are not stored; "
-        "results cannot show that a read beyond the memory may end the program",
-        "0.0 -> 1.0": "a key that does not exist is loaded as 0, and adds nothing whatever its finite weight is",
+        "False -> True": "the numbers that are then read for queries that do not exist end in rows "
+        "that are not stored; results cannot show that a read beyond the memory may end the "
+        "program",
+        "0.0 -> 1.0": "a key that does not exist is loaded as 0, and adds nothing whatever its "
+        "finite weight is",
     },
     "A6.5": {"0.0 -> 1.0": "a query that does not exist has weight 0, whatever its delta is"},
 }

@@ -255,18 +255,19 @@ def balance_cases(random):
 
 BALANCE_STUB = '''
 def balance_loss(weights):
-    """The loss that keeps experts equally busy (Switch Transformers, 2101.03961, equations 4 to 6): weights [T,N] -> [].
+    """The loss that keeps experts equally busy: weights [T,N] -> [].
 
-    N times the sum over the experts of f_i P_i. f_i is the share of the T rows in which expert i has the largest weight,
-    P_i the mean of its weights.
+    Switch Transformers, 2101.03961, equations 4 to 6. N times the sum over the experts of f_i P_i.
+    f_i is the share of the T rows in which expert i has the largest weight, P_i the mean of its
+    weights.
     """
 '''
 KEEP_STUB = '''
 def check_keep_unmasked(keep_unmasked):
     """Return True if `keep_unmasked` does what its docstring says, and False if it does not.
 
-    keep_unmasked(steps, add_noise, known, noise, mask, sigmas), see minipic/diffusion/samplers.py. An error counts as
-    False.
+    keep_unmasked(steps, add_noise, known, noise, mask, sigmas), see minipic/diffusion/samplers.py.
+    An error counts as False.
     """
 '''
 
@@ -513,7 +514,8 @@ ALTERNATES = {  # {number: [another right body, ...]}
             rows[:, keep] = float(level)
             return predict(x, rows)
 
-        for x, x0 in SAMPLERS["flow_euler"](SCHEDULE.objective.denoiser(network, grid), x, grid.sigmas):
+        denoise = SCHEDULE.objective.denoiser(network, grid)
+        for x, x0 in SAMPLERS["flow_euler"](denoise, x, grid.sigmas):
             x[:, keep] = kept[:, keep]
             x0 = x0.clone()
             x0[:, keep] = kept[:, keep]

@@ -268,8 +268,8 @@ def run_process(folder: Path, numbers: list[str], grading: Grading) -> str:
     finally:
         stop(process)
     if process.returncode < 0:
-        signal_number = -process.returncode
-        return f"the process was ended by signal {signal_number}, as when memory or disk are used up"
+        number = -process.returncode
+        return f"the process was ended by signal {number}, as when memory or disk are used up"
     return f"the process ended by itself, with code {process.returncode}, before the task was done"
 
 

@@ -135,9 +135,8 @@ def write_answers_file(path: Path, name: str, assignment: ModuleType):
         answer = name_of(task.target)
         if isinstance(task, (Exercise, BreakIt)):
             stub = task.stub.strip("\n")
-            parts.append(
-                f'\n\n{stub}\n    raise NotImplementedError("{task.number}: {answer} is yours to write")\n'
-            )
+            message = f"{task.number}: {answer} is yours to write"
+            parts.append(f'\n\n{stub}\n    raise NotImplementedError("{message}")\n')
         else:
             parts.append(f"\n{answer} = None  # {task.number}: your prediction, a number\n")
     path.parent.mkdir(parents=True, exist_ok=True)
