@@ -185,8 +185,12 @@ def ask_counts(scene: Scene, generator: torch.Generator) -> Description:
 def _shared_facts(things):
     """A Thing with the facts that all of these have in common."""
     def shared(*facts):
-        values = {tuple(getattr(thing, fact) for fact in facts) for thing in things}
-        return values.pop() if len(values) == 1 else (None,) * len(facts)
+        """The values of these facts if they are the same in all things, else None for each."""
+        first = [getattr(things[0], fact) for fact in facts]
+        for thing in things[1:]:
+            if [getattr(thing, fact) for fact in facts] != first:
+                return [None] * len(facts)
+        return first
 
     shape, = shared("shape")
     size, = shared("size")

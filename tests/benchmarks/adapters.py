@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "benchmarks")]
 
 from cases import control_scores, edit_scores, looks_of  # noqa: E402
+from mtu import masked_psnr  # noqa: E402
 from quality import WORLD, draw, requests  # noqa: E402
 
 from minipic.common import rng  # noqa: E402
@@ -126,18 +127,9 @@ def mtu_scores(drawer: Drawer) -> dict[str, float]:
     masked = pairs_of("masked", drawer.count)
     hole = masked.truth["mask"]
     images = drawer.draw(masked.prompts, masked.source, "inpaint", guidance=3.0)
-    scores["hole dB"] = psnr_inside(images, masked.target, hole)
-    scores["hole dB before"] = psnr_inside(masked.source, masked.target, hole)
+    scores["hole dB"] = masked_psnr(images, masked.target, hole)
+    scores["hole dB before"] = masked_psnr(masked.source, masked.target, hole)
     return scores
-
-
-def psnr_inside(images: torch.Tensor, truth: torch.Tensor, mask: torch.Tensor) -> float:
-    """The mean PSNR over the pictures, where mask [B,1,H,W] is true."""
-    values = []
-    for image, right, inside in zip(images, truth, mask):
-        inside = inside.expand_as(image)
-        values.append(metrics.psnr(image[inside][None, None], right[inside][None, None]))
-    return sum(values) / len(values)
 
 
 def mosaic_scores(drawer: Drawer) -> dict[str, float]:
